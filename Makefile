@@ -1,0 +1,46 @@
+# Everything a person or CI does with this repository. `make help` lists it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# A CPU build of torch; pinned first because a range would pull the CUDA build's gigabytes.
+TORCH ?= torch==2.13.0
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[dev,postgres,s3]'
+	touch $@
+
+ns: ## Link the four packages where the type checkers find them
+	@mkdir -p build/ns/loractl
+	@for p in adapters hub server cli; do ln -sfn ../../../$$p build/ns/loractl/$$p; done
+
+dev: $(STAMP) ns ## Make .venv with everything that development needs
+
+lint: dev ## ruff and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: dev ## mypy --strict and pyright on the four packages and the tests
+	$(BIN)/mypy
+	$(BIN)/pyright --stats | tee build/pyright.txt | tail -n 20
+	@test "$$(sed -n 's/^ *Total files checked: *//p' build/pyright.txt | tr -d ,)" -gt 40
+
+check: lint types ## The fast half: lint, types, unit tests
+	$(BIN)/pytest -q -m "not slow and not e2e and not real_model and not drill"
+
+test: check ## Everything that CI runs
+	$(BIN)/pytest -q -m "slow or e2e or real_model or drill"
+
+clean: ## Remove what was made here (not the caches in ~/.cache/loractl)
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.PHONY: help ns dev lint types check test clean

@@ -1,0 +1,161 @@
+"""The one tree of errors: every failure that a person can cause or meet has a class here.
+
+    class                             code                   status  exit
+    LoractlError                      INTERNAL                  500     1
+    ├── UsageError                    USAGE                     400     2   a command or request that cannot be meant
+    │   └── BadRequest                BAD_REQUEST               400     2   one field of a request is wrong
+    ├── BadData                       BAD_DATA                  400     3   a file's content is wrong
+    │   ├── BadRow                    BAD_ROW                   400     3   one row of a training file
+    │   ├── BadRecipe                 BAD_RECIPE                400     3   a recipe key or value
+    │   └── AdapterInvalid            ADAPTER_INVALID           400     3   an adapter that fails its checks
+    ├── WillNotFit                    WILL_NOT_FIT              413     4   memory, disk, quota or a size limit
+    ├── Incompatible                  INCOMPATIBLE              422     5   two things that do not belong together
+    │   ├── TargetsMissing            TARGETS_MISSING           422     5   the base lacks the named modules
+    │   ├── BaseMismatch              BASE_MISMATCH             422     5   an adapter of another base
+    │   └── Unsupported               UNSUPPORTED               422     5   a feature that this side does not serve
+    ├── Conflict                      CONFLICT                  409     5   somebody else changed it first
+    ├── Diverged                      DIVERGED                  500     6   training left the finite numbers
+    ├── NotFound                      NOT_FOUND                 404     7
+    │   ├── RepoNotFound              REPO_NOT_FOUND            404     7   also: private, and not yours
+    │   ├── RevisionNotFound          REVISION_NOT_FOUND        404     7
+    │   └── EntryNotFound             ENTRY_NOT_FOUND           404     7   a file inside a revision
+    ├── NotAllowed                    NOT_ALLOWED               403     8
+    │   └── Unauthenticated           UNAUTHENTICATED           401     8
+    ├── Unreachable                   UNREACHABLE               503     9   a service does not answer
+    │   └── Draining                  DRAINING                  503     9
+    ├── Overloaded                    OVERLOADED                429     9   try again after `retry_after_s`
+    └── EngineFailure                 ENGINE_FAILURE            500     1   a step failed for this request
+
+Each carries `message` (place and cause), `hint` (the fix) and, where a request field is at fault, `field`.
+"""
+
+from typing import ClassVar
+
+
+class LoractlError(Exception):
+    """Base of all errors that are shown to a person; `status` is HTTP's, `exit_code` the command's."""
+
+    code: ClassVar[str] = "INTERNAL"
+    status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, field: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.field = field
+        self.retry_after_s = retry_after_s
+
+
+class UsageError(LoractlError):
+    code = "USAGE"
+    status = 400
+    exit_code = 2
+
+
+class BadRequest(UsageError):
+    code = "BAD_REQUEST"
+
+
+class BadData(LoractlError):
+    code = "BAD_DATA"
+    status = 400
+    exit_code = 3
+
+
+class BadRow(BadData):
+    code = "BAD_ROW"
+
+
+class BadRecipe(BadData):
+    code = "BAD_RECIPE"
+
+
+class AdapterInvalid(BadData):
+    code = "ADAPTER_INVALID"
+
+
+class WillNotFit(LoractlError):
+    code = "WILL_NOT_FIT"
+    status = 413
+    exit_code = 4
+
+
+class Incompatible(LoractlError):
+    code = "INCOMPATIBLE"
+    status = 422
+    exit_code = 5
+
+
+class TargetsMissing(Incompatible):
+    code = "TARGETS_MISSING"
+
+
+class BaseMismatch(Incompatible):
+    code = "BASE_MISMATCH"
+
+
+class Unsupported(Incompatible):
+    code = "UNSUPPORTED"
+
+
+class Conflict(LoractlError):
+    code = "CONFLICT"
+    status = 409
+    exit_code = 5
+
+
+class Diverged(LoractlError):
+    code = "DIVERGED"
+    exit_code = 6
+
+
+class NotFound(LoractlError):
+    code = "NOT_FOUND"
+    status = 404
+    exit_code = 7
+
+
+class RepoNotFound(NotFound):
+    code = "REPO_NOT_FOUND"
+
+
+class RevisionNotFound(NotFound):
+    code = "REVISION_NOT_FOUND"
+
+
+class EntryNotFound(NotFound):
+    code = "ENTRY_NOT_FOUND"
+
+
+class NotAllowed(LoractlError):
+    code = "NOT_ALLOWED"
+    status = 403
+    exit_code = 8
+
+
+class Unauthenticated(NotAllowed):
+    code = "UNAUTHENTICATED"
+    status = 401
+
+
+class Unreachable(LoractlError):
+    code = "UNREACHABLE"
+    status = 503
+    exit_code = 9
+
+
+class Draining(Unreachable):
+    code = "DRAINING"
+
+
+class Overloaded(LoractlError):
+    code = "OVERLOADED"
+    status = 429
+    exit_code = 9
+
+
+class EngineFailure(LoractlError):
+    code = "ENGINE_FAILURE"

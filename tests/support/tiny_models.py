@@ -1,0 +1,86 @@
+"""Tiny real models for tests: random weights in the shapes that transformers defines, saved as ordinary folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_TEXT = [
+    "the quick brown fox jumps over the lazy dog",
+    "a film of great charm and very little sense: positive or negative?",
+    'Review: it was {"sentiment": "positive", "score": 3} Label: negative',
+    "0123456789 +-*/()[]{}<>!?.,;:'\"",
+]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 384 tokens with a ChatML template; every string can be encoded and decoded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_llama_config(**changes: Any) -> LlamaConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": 384,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,  # large enough that greedy outputs differ between prompts
+    }
+    return LlamaConfig(**(settings | changes))
+
+
+def make_tiny_base(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Save a random two-layer Llama in float32 with its tokenizer; `changes` go into the config."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny_llama_config(**changes))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_adapter(base: Path, folder: Path, *, seed: int = 0, std: float = 0.2, **settings: Any) -> Path:
+    """Save a random PEFT adapter with non-zero B; `settings` go into LoraConfig."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    defaults: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **(defaults | settings)))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.normal_(std=std)
+    wrapped.save_pretrained(folder)
+    # PEFT writes the path it loaded from; adapters name their base, never a path.
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base.name
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    return folder
