@@ -40,7 +40,13 @@ check: lint types ## The fast half: lint, types, unit tests
 test: check ## Everything that CI runs
 	$(BIN)/pytest -q -m "slow or e2e or real_model or drill"
 
+help-snapshots: dev ## Rewrite tests/cli/help after a command changed
+	$(BIN)/python tests/cli/test_help.py
+
+demo: dev ## Train, push, serve and ask, on a real model and real text (KEEP=1 leaves it running)
+	PYTHONPATH=tests/support $(BIN)/python tests/demo/run_demo.py $(if $(KEEP),--keep)
+
 clean: ## Remove what was made here (not the caches in ~/.cache/loractl)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help ns dev lint types check test clean
+.PHONY: help ns dev lint types check test help-snapshots demo clean
