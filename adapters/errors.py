@@ -4,6 +4,7 @@
     LoractlError                      INTERNAL                  500     1
     ├── UsageError                    USAGE                     400     2   a command or request that cannot be meant
     │   └── BadRequest                BAD_REQUEST               400     2   one field of a request is wrong
+    │       └── ContextExceeded       CONTEXT_LENGTH_EXCEEDED   400     2   prompt and output beyond the model's window
     ├── BadData                       BAD_DATA                  400     3   a file's content is wrong
     │   ├── BadRow                    BAD_ROW                   400     3   one row of a training file
     │   ├── BadRecipe                 BAD_RECIPE                400     3   a recipe key or value
@@ -57,6 +58,10 @@ class UsageError(LoractlError):
 
 class BadRequest(UsageError):
     code = "BAD_REQUEST"
+
+
+class ContextExceeded(BadRequest):
+    code = "CONTEXT_LENGTH_EXCEEDED"
 
 
 class BadData(LoractlError):
