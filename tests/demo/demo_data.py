@@ -12,9 +12,6 @@ from demo_assets import Scored, demo_sentences
 _MIN_ABS_SCORE = 0.5
 _SEED = 7
 
-REVIEW_TEMPLATE = "Review: {text} Label: {label}"
-VERDICT_PROMPT = "{text}"
-
 
 @dataclass(frozen=True, slots=True)
 class DemoData:
@@ -26,6 +23,7 @@ class DemoData:
     verdicts: Path
     held_out_movies: list[Scored]
     held_out_products: list[Scored]
+    held_out_tweets: list[Scored]
 
 
 def label_of(row: Scored) -> str:
@@ -42,6 +40,7 @@ def write_demo_data(
     tweets = _clear_sentences("tweets")
     held_out_movies, movies = movies[:num_held_out], movies[num_held_out:]
     held_out_products, products = products[:num_held_out], products[num_held_out:]
+    held_out_tweets, tweets = tweets[:num_held_out], tweets[num_held_out:]
     return DemoData(
         movies=_write_labels(folder / "movies.csv", movies[:num_movies]),
         movies_more=_write_labels(folder / "movies-more.csv", movies[num_movies : num_movies + num_movies // 2]),
@@ -49,6 +48,7 @@ def write_demo_data(
         verdicts=_write_verdicts(folder / "verdicts.jsonl", tweets[:num_verdicts]),
         held_out_movies=held_out_movies,
         held_out_products=held_out_products,
+        held_out_tweets=held_out_tweets,
     )
 
 

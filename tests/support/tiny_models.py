@@ -78,7 +78,7 @@ def make_adapter(base: Path, folder: Path, *, seed: int = 0, std: float = 0.2, *
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name and "magnitude" not in name:
                 parameter.normal_(std=std)
-    wrapped.save_pretrained(folder)
+    wrapped.save_pretrained(str(folder))
     # PEFT writes the path it loaded from; adapters name their base, never a path.
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = base.name
