@@ -1,0 +1,163 @@
+"""Adds each packed row's adapters to a linear layer's output. Knows rows, slots and ranks; nothing of requests or
+digests.
+
+The slots are one slab `[slots, numbers]`; each layer sees its part of every slot through strided views (`LoraSite`),
+so an adapter is loaded by one copy. Scaling (alpha / rank, rsLoRA) and DoRA's magnitudes are folded into B when it is
+loaded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpan:
+    """Rows `start` to `stop` of a step all run with `slots`: (slot, weight) pairs, summed; empty for the bare base."""
+
+    start: int
+    stop: int
+    slots: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBatch:
+    """Which slots each packed row of one step runs with; built once a step, read by every layer.
+
+    Pair p says: row `rows[p]` adds slot `slots[p]` times `weights[p]`. Pairs are sorted by slot, so that rows of one
+    adapter meet its weights while they are in the cache. `groups` holds (slot, first pair, end pair).
+    """
+
+    num_rows: int
+    rows: Tensor  # [pairs] int64
+    slots: Tensor  # [pairs] int64
+    weights: Tensor  # [pairs] float32
+    groups: tuple[tuple[int, int, int], ...]
+    slot_mask: int
+    """Bit s is set when slot s is used, so that a layer no adapter of the step touches is skipped for nothing."""
+
+    @classmethod
+    def build(
+        cls, spans: Sequence[LoraSpan], *, num_rows: int, device: torch.device | str = "cpu"
+    ) -> "LoraBatch | None":
+        """Return the plan of a step, or None when no row has an adapter."""
+        by_slot: dict[int, list[tuple[LoraSpan, float]]] = {}
+        for span in spans:
+            for slot, weight in span.slots:
+                by_slot.setdefault(slot, []).append((span, weight))
+        if not by_slot:
+            return None
+        rows: list[int] = []
+        weights: list[float] = []
+        slots: list[int] = []
+        groups: list[tuple[int, int, int]] = []
+        for slot in sorted(by_slot):
+            first = len(rows)
+            for span, weight in by_slot[slot]:
+                rows.extend(range(span.start, span.stop))
+                weights.extend([weight] * (span.stop - span.start))
+            slots.extend([slot] * (len(rows) - first))
+            groups.append((slot, first, len(rows)))
+        return cls(
+            num_rows=num_rows,
+            rows=torch.tensor(rows, dtype=torch.int64, device=device),
+            slots=torch.tensor(slots, dtype=torch.int64, device=device),
+            weights=torch.tensor(weights, dtype=torch.float32, device=device),
+            groups=tuple(groups),
+            slot_mask=sum(1 << slot for slot in by_slot),
+        )
+
+
+@dataclass(slots=True)
+class LoraSite:
+    """One linear layer's part of every slot.
+
+    a: [slots, rank_max, d_in], b: [slots, d_out, rank_max] (stored rank-major, so b is a transposed view), gain:
+    [slots, d_out] holds DoRA's factor minus one, or None where the engine serves no DoRA. Beyond `ranks[slot]` a
+    slot's content is never read.
+    """
+
+    a: Tensor
+    b: Tensor
+    gain: Tensor | None = None
+    ranks: list[int] = field(default_factory=list)
+    slot_mask: int = 0
+    gain_mask: int = 0
+
+    @staticmethod
+    def numel(*, d_in: int, d_out: int, rank_max: int, with_gain: bool) -> int:
+        """Numbers that a slot needs for this layer; a multiple of 32, so that every part starts on a cache line."""
+        return sum(_padded(size) for size in _part_sizes(d_in, d_out, rank_max, with_gain=with_gain))
+
+    @classmethod
+    def carve(
+        cls, slab: Tensor, offset: int, *, d_in: int, d_out: int, rank_max: int, with_gain: bool = False
+    ) -> "LoraSite":
+        """View a layer's part, which starts at `offset`, of `slab` [slots, numbers]."""
+        size_a, size_b, size_gain = _part_sizes(d_in, d_out, rank_max, with_gain=with_gain)
+        num_slots = slab.shape[0]
+        a = slab.narrow(1, offset, size_a).view(num_slots, rank_max, d_in)
+        b = slab.narrow(1, offset + _padded(size_a), size_b).view(num_slots, rank_max, d_out).transpose(1, 2)
+        gain = slab.narrow(1, offset + _padded(size_a) + _padded(size_b), size_gain) if with_gain else None
+        return cls(a=a, b=b, gain=gain, ranks=[0] * num_slots)
+
+    def set_slot(self, slot: int, *, rank: int, has_gain: bool = False) -> None:
+        """Say what was loaded into `slot`: rank 0 when its adapter leaves this layer alone."""
+        self.ranks[slot] = rank
+        bit = 1 << slot
+        self.slot_mask = self.slot_mask | bit if rank else self.slot_mask & ~bit
+        self.gain_mask = self.gain_mask | bit if has_gain else self.gain_mask & ~bit
+
+
+@dataclass(slots=True)
+class LoraStep:
+    """The plan of the step that runs now; one object shared by all layers of a model."""
+
+    batch: LoraBatch | None = None
+
+
+def add_lora_reference(out: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, *, bias: Tensor | None = None) -> None:
+    """Add the adapters' part to `out` [rows, d_out] in place, one pair at a time in float32: the oracle of the fast
+    paths."""
+    base = out.float() if bias is None else out.float() - bias.float()
+    total = out.float()
+    for row, slot, weight in zip(batch.rows.tolist(), batch.slots.tolist(), batch.weights.tolist(), strict=True):
+        rank = site.ranks[slot]
+        total[row] += weight * (site.b[slot, :, :rank].float() @ (site.a[slot, :rank].float() @ x[row].float()))
+        if site.gain is not None and site.gain_mask >> slot & 1:
+            total[row] += weight * site.gain[slot].float() * base[row]
+    out.copy_(total)
+
+
+def add_lora(out: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, *, bias: Tensor | None = None) -> None:
+    """Add the adapters' part to `out` in place.
+
+    out: [rows, d_out], x: [rows, d_in], both contiguous and of the slab's dtype. `bias` is what `out` already
+    contains of a bias: DoRA scales the product without it.
+    """
+    used = batch.slot_mask & (site.slot_mask | site.gain_mask)
+    if not used:
+        return
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for slot, first, end in batch.groups:
+        if not used >> slot & 1:
+            continue
+        rows, weights = batch.rows[first:end], batch.weights[first:end, None]
+        rank = site.ranks[slot]
+        if rank:
+            hidden = x[rows].float() @ site.a[slot, :rank].float().T  # [group, rank]
+            total.index_add_(0, rows, (hidden * weights) @ site.b[slot, :, :rank].float().T)
+        if site.gain is not None and site.gain_mask >> slot & 1:
+            base = out[rows].float() if bias is None else out[rows].float() - bias.float()
+            total.index_add_(0, rows, base * site.gain[slot].float() * weights)
+    out.copy_(out.float() + total)
+
+
+def _part_sizes(d_in: int, d_out: int, rank_max: int, *, with_gain: bool) -> tuple[int, int, int]:
+    return rank_max * d_in, rank_max * d_out, d_out if with_gain else 0
+
+
+def _padded(size: int) -> int:
+    return -(-size // 32) * 32
