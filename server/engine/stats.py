@@ -1,0 +1,85 @@
+"""What the engine tells about itself: immutable snapshots, safe to read from any thread. Knows no metrics library."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loractl.adapters.reference import Digest
+from loractl.server.engine.messages import Event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One forward pass."""
+
+    seconds: float
+    num_tokens: int
+    num_prefill_tokens: int
+    num_requests: int
+    num_distinct_adapters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one call of `Engine.step` brought: events in order, and the pass itself unless there was nothing to run."""
+
+    events: list[Event]
+    record: StepRecord | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotStats:
+    """One slot that holds, or is being given, an adapter."""
+
+    digest: Digest
+    rank: int
+    pinned: bool
+    num_running: int
+    """Requests that hold the slot now."""
+    loading: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCounters:
+    """Totals since the engine started."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_prefix_queries: int = 0
+    """Prompt tokens that were looked up in the prefix cache."""
+    num_prefix_hits: int = 0
+    """Those that were found."""
+    num_preemptions: int = 0
+    num_adapter_loads: int = 0
+    num_adapter_evictions: int = 0
+    num_adapter_load_failures: int = 0
+    num_host_hits: int = 0
+    """Loads that found the adapter in host memory."""
+    num_steps: int = 0
+    num_contained_failures: int = 0
+    """Requests that failed alone because a step with them did."""
+    max_distinct_adapters_in_step: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot of the whole engine."""
+
+    waiting: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Requests that wait, by reason: `new`, `turn`, `adapter`, `kv`, `distinct`."""
+    running: int = 0
+    kv_blocks_used: int = 0
+    """Blocks that requests hold; blocks that only the prefix cache holds count as free."""
+    kv_blocks_total: int = 0
+    kv_blocks_cached: int = 0
+    block_size: int = 0
+    num_slots: int = 0
+    max_rank: int = 0
+    slots: tuple[SlotStats, ...] = ()
+    host_digests: tuple[Digest, ...] = ()
+    host_bytes: int = 0
+    running_adapters: tuple[Digest, ...] = ()
+    waiting_adapters: tuple[Digest, ...] = ()
+    counters: EngineCounters = EngineCounters()
+    step_started_at: float | None = None
+    """`time.monotonic()` at the start of the step that runs now; an old value means a hung step."""
