@@ -9,6 +9,7 @@
     │   ├── BadRow                    BAD_ROW                   400     3   one row of a training file
     │   ├── BadRecipe                 BAD_RECIPE                400     3   a recipe key or value
     │   └── AdapterInvalid            ADAPTER_INVALID           400     3   an adapter that fails its checks
+    │       └── CheckFailed           CHECK_FAILED              400     3   one named check, such as E_ST_HEADER
     ├── WillNotFit                    WILL_NOT_FIT              413     4   memory, disk, quota or a size limit
     ├── Incompatible                  INCOMPATIBLE              422     5   two things that do not belong together
     │   ├── TargetsMissing            TARGETS_MISSING           422     5   the base lacks the named modules
@@ -80,6 +81,16 @@ class BadRecipe(BadData):
 
 class AdapterInvalid(BadData):
     code = "ADAPTER_INVALID"
+
+
+class CheckFailed(AdapterInvalid):
+    """One check of an adapter's files failed; `check` is its code in the validation record."""
+
+    code = "CHECK_FAILED"
+
+    def __init__(self, message: str, *, check: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.check = check
 
 
 class WillNotFit(LoractlError):
