@@ -16,6 +16,7 @@
     │   ├── BaseMismatch              BASE_MISMATCH             422     5   an adapter of another base
     │   └── Unsupported               UNSUPPORTED               422     5   a feature that this side does not serve
     ├── Conflict                      CONFLICT                  409     5   somebody else changed it first
+    │   └── ParentMoved               PARENT_MOVED              412     5   a commit on a head that is no longer there
     ├── Diverged                      DIVERGED                  500     6   training left the finite numbers
     ├── NotFound                      NOT_FOUND                 404     7
     │   ├── RepoNotFound              REPO_NOT_FOUND            404     7   also: private, and not yours
@@ -26,6 +27,8 @@
     ├── Unreachable                   UNREACHABLE               503     9   a service does not answer
     │   └── Draining                  DRAINING                  503     9
     ├── Overloaded                    OVERLOADED                429     9   try again after `retry_after_s`
+    ├── BlobMissing                   BLOB_MISSING              500     1   a hub's store lost bytes that it promised
+    ├── BlobCorrupt                   BLOB_CORRUPT              500     1   a hub's store holds other bytes than were pushed
     └── EngineFailure                 ENGINE_FAILURE            500     1   a step failed for this request
 
 Each carries `message` (place and cause), `hint` (the fix) and, where a request field is at fault, `field`.
@@ -123,6 +126,11 @@ class Conflict(LoractlError):
     exit_code = 5
 
 
+class ParentMoved(Conflict):
+    code = "PARENT_MOVED"
+    status = 412
+
+
 class Diverged(LoractlError):
     code = "DIVERGED"
     exit_code = 6
@@ -171,6 +179,14 @@ class Overloaded(LoractlError):
     code = "OVERLOADED"
     status = 429
     exit_code = 9
+
+
+class BlobMissing(LoractlError):
+    code = "BLOB_MISSING"
+
+
+class BlobCorrupt(LoractlError):
+    code = "BLOB_CORRUPT"
 
 
 class EngineFailure(LoractlError):
