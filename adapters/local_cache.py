@@ -4,6 +4,7 @@
     ROOT/staging/<random>/       being filled; made whole by one rename, swept when its process is gone
     ROOT/used/<hex>              modification time = last use
     ROOT/pins/<hex>.<random>     locked while a process uses the adapter
+    ROOT/locks/<hex>             locked while a process fills it, so that one download serves all
 
 Content is verified before it becomes visible and again when it is taken. Refuses to know where adapters come from.
 """
@@ -42,7 +43,7 @@ class AdapterCache:
     def __init__(self, root: Path, *, max_bytes: int | None = None) -> None:
         self.root = root
         self.max_bytes = max_bytes
-        for name in ("sha256", "staging", "used", "pins"):
+        for name in ("sha256", "staging", "used", "pins", "locks"):
             (root / name).mkdir(parents=True, exist_ok=True)
 
     def get(self, digest: Digest) -> Path | None:
@@ -64,6 +65,10 @@ class AdapterCache:
         """
         if (present := self.get(digest)) is not None:
             return present
+        with _lock(self.root / "locks" / _hex(digest)):
+            return self.get(digest) or self._install(digest, fill)
+
+    def _install(self, digest: Digest, fill: Callable[[Path], None]) -> Path:
         staging = self.root / "staging" / secrets.token_hex(8)
         staging.mkdir()
         try:
@@ -101,7 +106,7 @@ class AdapterCache:
 
     def evict(self, digest: Digest) -> bool:
         """Remove one adapter; False when it is pinned."""
-        with self._locked():
+        with _lock(self.root / "locks" / "evict"):
             if self._is_pinned(digest):
                 return False
             self._remove(self._folder(digest))
@@ -164,15 +169,6 @@ class AdapterCache:
     def _is_pinned(self, digest: Digest) -> bool:
         return any(_is_held(path) for path in (self.root / "pins").glob(f"{_hex(digest)}.*"))
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.root / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
     def _remove(self, folder: Path) -> None:
         """Out of sight by one rename, then deleted: no reader sees half an adapter."""
         if folder.is_symlink() or folder.is_file():
@@ -209,6 +205,17 @@ def _is_sound(folder: Path, digest: Digest) -> bool:
         return folder_digest(folder) == digest
     except (AdapterInvalid, OSError):
         return False
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a file's lock; the system drops it when the process ends, however it ends."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _is_held(pin: Path) -> bool:
