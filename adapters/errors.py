@@ -28,7 +28,7 @@
     │   └── Draining                  DRAINING                  503     9
     ├── Overloaded                    OVERLOADED                429     9   try again after `retry_after_s`
     ├── BlobMissing                   BLOB_MISSING              500     1   a hub's store lost bytes that it promised
-    ├── BlobCorrupt                   BLOB_CORRUPT              500     1   a hub's store holds other bytes than were pushed
+    ├── BlobCorrupt                   BLOB_CORRUPT              500     1   a hub's store holds other bytes than pushed
     └── EngineFailure                 ENGINE_FAILURE            500     1   a step failed for this request
 
 Each carries `message` (place and cause), `hint` (the fix) and, where a request field is at fault, `field`.
