@@ -1,10 +1,13 @@
 """Attention of packed rows over paged K and V. Knows blocks and rows; nothing of requests, adapters or prefix reuse."""
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from loractl.server.engine.kernels import native
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,22 @@ class PagedBatch:
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch) -> None:
     """Write this step's k and v [rows, kv_heads, dim] to their places in the caches [blocks, block_size, kv_heads,
     dim]."""
-    k_cache.view(-1, *k_cache.shape[2:])[batch.places] = k.to(k_cache.dtype)
-    v_cache.view(-1, *v_cache.shape[2:])[batch.places] = v.to(v_cache.dtype)
+    library = native.library()
+    if library is None or not (native.fits(k, v, k_cache, v_cache) and _plain(k, v) and _contiguous(k_cache, v_cache)):
+        k_cache.view(-1, *k_cache.shape[2:])[batch.places] = k.to(k_cache.dtype)
+        v_cache.view(-1, *v_cache.shape[2:])[batch.places] = v.to(v_cache.dtype)
+        return
+    heads = native.HeadsStruct(
+        kv_heads=k.shape[1],
+        dim=k.shape[2],
+        k_row=k.stride(0),
+        k_head=k.stride(1),
+        v_row=v.stride(0),
+        v_head=v.stride(1),
+    )
+    pointers = (tensor.data_ptr() for tensor in (k, v, k_cache, v_cache))
+    plan = _paged_struct(batch)
+    library.loractl_write_kv(ctypes.addressof(plan), ctypes.addressof(heads), *pointers, k.dtype == torch.float32)
 
 
 def paged_attention_reference(
@@ -110,6 +127,26 @@ def paged_attention(
     how many tokens a row sees, itself included (transformers' `sliding_window`); `sinks` [heads] join the softmax
     without a value. Returns [rows, heads, dim].
     """
+    library = native.library()
+    if library is not None and _runs_native(q, k_cache, v_cache):
+        return _native_attention(
+            library, q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
+    return paged_attention_torch(q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+
+def paged_attention_torch(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`paged_attention` in torch alone, one sequence at a time."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     heads_kv, dim = k_cache.shape[2:]
     group = q.shape[1] // heads_kv
@@ -142,3 +179,64 @@ def _hidden(count: int, length: int, window: int | None) -> Tensor:
     token = torch.arange(length)[None]
     hidden = token > row
     return hidden if window is None else hidden | (token <= row - window)
+
+
+def _native_attention(
+    library: ctypes.CDLL,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: PagedBatch,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype)
+    wide_sinks = None if sinks is None else sinks.float().contiguous()
+    heads = native.HeadsStruct(
+        heads=q.shape[1],
+        kv_heads=k_cache.shape[2],
+        dim=q.shape[2],
+        q_row=q.stride(0),
+        q_head=q.stride(1),
+        window=window or 0,
+        sinks=None if wide_sinks is None else wide_sinks.data_ptr(),
+        scale=scale,
+        softcap=softcap or 0.0,
+    )
+    plan = _paged_struct(batch)
+    pointers = (tensor.data_ptr() for tensor in (q, k_cache, v_cache, out))
+    library.loractl_attention(
+        ctypes.addressof(plan), ctypes.addressof(heads), *pointers, q.dtype == torch.float32, torch.get_num_threads()
+    )
+    return out
+
+
+def _runs_native(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether the compiled kernel takes these shapes: whole dwords a row, at most 12 query heads to a kv head."""
+    group = q.shape[1] // k_cache.shape[2]
+    whole = q.shape[2] * q.element_size() % 4 == 0 and q.storage_offset() * q.element_size() % 4 == 0
+    return whole and group <= 12 and native.fits(q, k_cache, v_cache) and _plain(q) and _contiguous(k_cache, v_cache)
+
+
+def _plain(*tensors: Tensor) -> bool:
+    return all(tensor.stride(-1) == 1 for tensor in tensors)
+
+
+def _contiguous(*tensors: Tensor) -> bool:
+    return all(tensor.is_contiguous() for tensor in tensors)
+
+
+def _paged_struct(batch: PagedBatch) -> native.PagedStruct:
+    return native.PagedStruct(
+        tables=batch.tables.data_ptr(),
+        starts=batch.starts.data_ptr(),
+        lengths=batch.lengths.data_ptr(),
+        places=batch.places.data_ptr(),
+        table_width=batch.tables.shape[1],
+        num_sequences=batch.tables.shape[0],
+        block_size=batch.block_size,
+        num_rows=batch.places.shape[0],
+    )

@@ -1,12 +1,13 @@
-"""Linear layers on packed rows: int8 by rows, or dense, each with the step's adapters. Knows nothing of models'
-layouts."""
+"""Linear layers on packed rows: int8 by rows, or dense, each with the step's adapters. Knows no model's layout."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loractl.server.engine.kernels import native
 from loractl.server.engine.kernels.lora import LoraSite, LoraStep, add_lora
+from loractl.server.engine.kernels.packed import PackedWeight, runs_native
 
 
 class PackedLinear(nn.Module):
@@ -88,6 +89,10 @@ class Int8Linear(PackedLinear):
         self.weight = weight
         self.row_scale = row_absmax.float() / 127
         self.bias = bias
+        self._packed: PackedWeight | None = None
+        if native.library() is not None and weight.device.type == "cpu":
+            self._packed = PackedWeight.pack(weight, self.row_scale, bias)
+            self.weight = weight.new_empty(0)  # held once, as panels
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None, *, step: LoraStep) -> "Int8Linear":
@@ -95,22 +100,41 @@ class Int8Linear(PackedLinear):
         quantized, scale = quantize_rows(weight.float())
         return cls(quantized, scale * 127, bias, step=step)
 
+    def forward(self, x: Tensor) -> Tensor:
+        library, packed = native.library(), self._packed
+        if library is None or packed is None or not native.fits(x):
+            return super().forward(x)
+        rows = x.reshape(-1, self.in_features)
+        site, batch = self.site, self.step.batch
+        if site is None or batch is None or not batch.slot_mask & (site.slot_mask | site.gain_mask):
+            out = packed.product(library, rows)
+        elif runs_native(site, batch, rows):
+            out = packed.product(library, rows, site=site, batch=batch)
+        else:
+            out = packed.product(library, rows)
+            add_lora(out, rows, site, batch, bias=self.bias)
+        return out.view(*x.shape[:-1], self.out_features)
+
     def base(self, rows: Tensor) -> Tensor:
         quantized, scale = quantize_rows(rows)
-        out = int8_product(quantized, self.weight).float() * (scale[:, None] * self.row_scale)
+        out = int8_product(quantized, self._codes()).float() * (scale[:, None] * self.row_scale)
         if self.bias is not None:
             out += self.bias
         return out.to(rows.dtype)
 
     def dense_weight(self) -> Tensor:
-        return self.weight.float() * self.row_scale[:, None]
+        return self._codes().float() * self.row_scale[:, None]
+
+    def _codes(self) -> Tensor:
+        return self.weight if self._packed is None else self._packed.unpack()
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x [rows, d] as int8 and each row's scale [rows] float32: x is about int8 * scale."""
     wide = x.float()
     absmax = wide.abs().amax(dim=1)
-    factor = torch.where(absmax > 0, 127 / absmax, 0.0)
+    # a true division: `127 / absmax` multiplies by the reciprocal, and ties would round unlike the compiled kernel's
+    factor = torch.where(absmax > 0, torch.full_like(absmax, 127) / absmax, 0.0)
     return torch.round(wide * factor[:, None]).to(torch.int8), absmax / 127
 
 

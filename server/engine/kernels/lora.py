@@ -35,6 +35,10 @@ class LoraBatch:
     slots: Tensor  # [pairs] int64
     weights: Tensor  # [pairs] float32
     groups: tuple[tuple[int, int, int], ...]
+    order: Tensor  # [rows] int32: rows sorted by their first slot
+    firsts: Tensor  # [rows + 1] int32: row r's pairs are row_slots[firsts[r] : firsts[r + 1]]
+    row_slots: Tensor  # [pairs] int32, sorted by row
+    row_weights: Tensor  # [pairs] float32, sorted by row
     slot_mask: int
     """Bit s is set when slot s is used, so that a layer no adapter of the step touches is skipped for nothing."""
 
@@ -60,12 +64,24 @@ class LoraBatch:
                 weights.extend([weight] * (span.stop - span.start))
             slots.extend([slot] * (len(rows) - first))
             groups.append((slot, first, len(rows)))
+        pair_rows = torch.tensor(rows, dtype=torch.int64)
+        pair_slots = torch.tensor(slots, dtype=torch.int64)
+        pair_weights = torch.tensor(weights, dtype=torch.float32)
+        by_row = torch.argsort(pair_rows, stable=True)
+        firsts = torch.zeros(num_rows + 1, dtype=torch.int32)
+        firsts[1:] = torch.cumsum(torch.bincount(pair_rows, minlength=num_rows), 0)
+        first_slot = torch.full((num_rows,), 1 << 30)
+        first_slot.scatter_reduce_(0, pair_rows, pair_slots, reduce="amin")
         return cls(
             num_rows=num_rows,
-            rows=torch.tensor(rows, dtype=torch.int64, device=device),
-            slots=torch.tensor(slots, dtype=torch.int64, device=device),
-            weights=torch.tensor(weights, dtype=torch.float32, device=device),
+            rows=pair_rows.to(device),
+            slots=pair_slots.to(device),
+            weights=pair_weights.to(device),
             groups=tuple(groups),
+            order=torch.argsort(first_slot, stable=True).to(device, torch.int32),
+            firsts=firsts.to(device),
+            row_slots=pair_slots[by_row].to(device, torch.int32),
+            row_weights=pair_weights[by_row].to(device),
             slot_mask=sum(1 << slot for slot in by_slot),
         )
 
@@ -83,6 +99,8 @@ class LoraSite:
     b: Tensor
     gain: Tensor | None = None
     ranks: list[int] = field(default_factory=list)
+    rank_table: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    """`ranks` as the compiled kernels read them."""
     slot_mask: int = 0
     gain_mask: int = 0
 
@@ -101,11 +119,12 @@ class LoraSite:
         a = slab.narrow(1, offset, size_a).view(num_slots, rank_max, d_in)
         b = slab.narrow(1, offset + _padded(size_a), size_b).view(num_slots, rank_max, d_out).transpose(1, 2)
         gain = slab.narrow(1, offset + _padded(size_a) + _padded(size_b), size_gain) if with_gain else None
-        return cls(a=a, b=b, gain=gain, ranks=[0] * num_slots)
+        return cls(a=a, b=b, gain=gain, ranks=[0] * num_slots, rank_table=torch.zeros(num_slots, dtype=torch.int32))
 
     def set_slot(self, slot: int, *, rank: int, has_gain: bool = False) -> None:
         """Say what was loaded into `slot`: rank 0 when its adapter leaves this layer alone."""
         self.ranks[slot] = rank
+        self.rank_table[slot] = rank
         bit = 1 << slot
         self.slot_mask = self.slot_mask | bit if rank else self.slot_mask & ~bit
         self.gain_mask = self.gain_mask | bit if has_gain else self.gain_mask & ~bit
