@@ -42,10 +42,11 @@ MODULES = [
 def test_spec_agrees_with_peft(settings: dict[str, Any]) -> None:
     spec = read_config(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16} | settings).encode())
     oracle = LoraConfig(r=8, lora_alpha=16, **settings)
+    ranks, alphas = oracle.rank_pattern or {}, oracle.alpha_pattern or {}
     for module in MODULES:
         assert spec.targets(module) == bool(check_target_module_exists(oracle, module)), module
-        rank = oracle.rank_pattern.get(get_pattern_key(oracle.rank_pattern.keys(), module), oracle.r)
-        alpha = oracle.alpha_pattern.get(get_pattern_key(oracle.alpha_pattern.keys(), module), oracle.lora_alpha)
+        rank = ranks.get(get_pattern_key(list(ranks), module), oracle.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), module), oracle.lora_alpha)
         assert spec.rank_of(module) == rank
         assert spec.scaling_of(module) == pytest.approx(alpha / (rank**0.5 if oracle.use_rslora else rank))
 
