@@ -4,6 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,9 +37,9 @@ def bench_linear(d_in: int, d_out: int) -> None:
     for rows in ROWS:
         x = torch.randn(rows, d_in).bfloat16()
         x_codes, _ = quantize_rows(x)
-        bf16 = microseconds(lambda x=x: torch.nn.functional.linear(x, narrow))
-        bare = microseconds(lambda x=x_codes: int8_product(x, codes))
-        ours = microseconds(lambda x=x: layer(x))
+        bf16 = microseconds(partial(torch.nn.functional.linear, x, narrow))
+        bare = microseconds(partial(int8_product, x_codes, codes))
+        ours = microseconds(partial(layer, x))
         figures = {"bf16_us": bf16, "bare_int_mm_us": bare, "ours_us": ours}
         print(json.dumps({"kernel": "int8_linear", "d_in": d_in, "d_out": d_out, "rows": rows, **figures}))
 
