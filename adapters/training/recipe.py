@@ -1,0 +1,177 @@
+"""A recipe: every setting of a training run, from preset, file and flags, resolved and checked. Loads nothing."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from loractl.adapters.base_loading import Dtype
+from loractl.adapters.errors import BadRecipe
+from loractl.adapters.manifest import Quantization
+
+LOCK_FILE = "recipe.lock.yaml"
+
+
+class AdapterPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What is trained: rank, scale and reach of the adapter."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = msgspec.field(default_factory=lambda: ["all-linear"])
+    rslora: bool = False
+    start_from: str | None = None
+    """An adapter folder whose weights training starts from; rank and targets are then its own."""
+
+
+class TrainPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How it is trained; one optimizer step sees batch_size x accumulation rows."""
+
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 2e-4
+    warmup: float = 0.03
+    """Share of the steps over which the rate rises; then it falls along a cosine."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+
+class DataPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Which rows, how they become text, and how long they may be."""
+
+    files: list[str] = []
+    template: str | None = None
+    """For rows of text and label; the loss is on what `{label}` stands for and on the stop token."""
+    max_tokens: int = 1024
+    eval_share: float = 0.05
+
+
+class Recipe(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """All settings of one run."""
+
+    base: str = ""
+    out: str = ""
+    quantize: Quantization = "int8"
+    dtype: Dtype = "auto"
+    adapter: AdapterPart = msgspec.field(default_factory=AdapterPart)
+    train: TrainPart = msgspec.field(default_factory=TrainPart)
+    data: DataPart = msgspec.field(default_factory=DataPart)
+
+
+def resolve_recipe(*, preset: str | None, file: Path | None, settings: Mapping[str, Any]) -> Recipe:
+    """Lay flags over the file over the preset; `settings` has dotted keys. Raises BadRecipe naming the key."""
+    merged: dict[str, Any] = {}
+    if preset:
+        _merge(merged, _read(preset_text(preset), where=f"preset {preset}"))
+    if file:
+        try:
+            text = file.read_text()
+        except OSError as error:
+            raise BadRecipe(f"{file}: {error.strerror}") from error
+        _merge(merged, _read(text, where=str(file)))
+    for key, value in settings.items():
+        _merge(merged, _nested(key, value))
+    _check_keys(merged)
+    try:
+        recipe = msgspec.convert(merged, Recipe)
+    except msgspec.ValidationError as error:
+        raise BadRecipe(f"recipe: {error}") from error
+    _check_values(recipe)
+    return recipe
+
+
+def preset_names() -> list[str]:
+    """List the presets that the package carries."""
+    folder = resources.files("loractl.adapters.training") / "presets"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def preset_text(name: str) -> str:
+    """Return a preset's file; raises BadRecipe listing the presets there are."""
+    if name not in preset_names():
+        raise BadRecipe(f"no preset {name!r}", hint=f"there are: {', '.join(preset_names())}")
+    return (resources.files("loractl.adapters.training") / "presets" / f"{name}.yaml").read_text()
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Read `a.b=c`, the value as YAML reads it."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise BadRecipe(f"--set {text!r} is not KEY=VALUE", hint="for example --set train.epochs=2")
+    return key, yaml.safe_load(value)
+
+
+def save_lock(recipe: Recipe, folder: Path) -> None:
+    """Write every resolved setting; `loractl train recipe.lock.yaml` repeats the run."""
+    (folder / LOCK_FILE).write_text(yaml.safe_dump(msgspec.to_builtins(recipe), sort_keys=False))
+
+
+def _read(text: str, *, where: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadRecipe(f"{where}: {error}") from error
+    if not isinstance(value, dict):
+        raise BadRecipe(f"{where}: a recipe is a mapping of keys", hint="see `loractl train --help`")
+    return value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _check_keys(merged: Mapping[str, Any]) -> None:
+    parts = {"adapter": AdapterPart, "train": TrainPart, "data": DataPart}
+    for key, value in merged.items():
+        _check_key(key, Recipe.__struct_fields__, prefix="")
+        if key in parts:
+            if not isinstance(value, Mapping):
+                raise BadRecipe(f"{key} must be a mapping of keys, not {value!r}")
+            for inner in value:
+                _check_key(inner, parts[key].__struct_fields__, prefix=f"{key}.")
+
+
+def _check_key(key: str, known: Sequence[str], *, prefix: str) -> None:
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(prefix + name for name in known)}"
+        raise BadRecipe(f"unknown key {prefix}{key}", hint=hint)
+
+
+def _check_values(recipe: Recipe) -> None:
+    limits = (
+        ("adapter.rank", recipe.adapter.rank, 1, 1024),
+        ("adapter.dropout", recipe.adapter.dropout, 0, 0.9),
+        ("train.epochs", recipe.train.epochs, 0.001, 1000),
+        ("train.batch_size", recipe.train.batch_size, 1, 4096),
+        ("train.accumulation", recipe.train.accumulation, 1, 4096),
+        ("train.learning_rate", recipe.train.learning_rate, 1e-9, 1),
+        ("train.warmup", recipe.train.warmup, 0, 1),
+        ("data.max_tokens", recipe.data.max_tokens, 8, 1 << 20),
+        ("data.eval_share", recipe.data.eval_share, 0, 0.5),
+    )
+    for key, value, low, high in limits:
+        if not low <= value <= high:
+            raise BadRecipe(f"{key}={value} is outside {low} to {high}")
+    template = recipe.data.template
+    if template is not None and ("{text}" not in template or not template.endswith("{label}")):
+        raise BadRecipe(
+            f"data.template {template!r} must hold {{text}} and end with {{label}}",
+            hint='for example "Review: {text} Label: {label}"',
+        )

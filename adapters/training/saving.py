@@ -1,0 +1,59 @@
+"""Writes a finished adapter: PEFT's two files, the manifest, the lock of the recipe and the card; all or nothing."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from loractl.adapters.digest import CARD_FILE, CONFIG_FILE
+from loractl.adapters.errors import UsageError
+from loractl.adapters.manifest import Manifest, save_manifest
+from loractl.adapters.training.recipe import Recipe, save_lock
+
+
+def check_out(folder: Path) -> None:
+    """Raise UsageError where the result would overwrite something that is no adapter."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file())):
+        raise UsageError(f"{folder} exists and holds no adapter", hint="choose another --out")
+
+
+def save_adapter(model: Any, manifest: Manifest, recipe: Recipe, folder: Path) -> Path:
+    """Save into a new folder beside `folder` and move it there; an older adapter in its place is replaced."""
+    check_out(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
+        staged = Path(work) / folder.name
+        # "auto" would ask a hub on the network whether the vocabulary has grown; here it never does.
+        model.save_pretrained(str(staged), save_embedding_layers=False)
+        _name_base(staged, manifest)
+        save_manifest(manifest, staged)
+        save_lock(recipe, staged)
+        (staged / CARD_FILE).write_text(card(manifest))
+        if folder.exists():
+            shutil.rmtree(folder)
+        staged.rename(folder)
+    return folder
+
+
+def card(manifest: Manifest) -> str:
+    """Return the adapter's README from its manifest, with the front matter that hubs read."""
+    base, data = manifest.base, manifest.data
+    facts = [
+        f"- rank {manifest.rank} on {', '.join(manifest.targets)}; {manifest.num_trainable_parameters:,} parameters",
+        f"- data {data.digest[:19]}, {data.num_rows} rows, {data.num_supervised_tokens} learned tokens" if data else "",
+        *(f"- {name} {value:g}" for name, value in manifest.metrics.items()),
+    ]
+    front = {"base_model": base.id if base else None, "library_name": "peft", "tags": ["lora", "peft"]}
+    head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items() if value)
+    pin = f"Base `{base.id}`, fingerprint `{base.fingerprint}`, held in {base.quantization}." if base else ""
+    return f"---\n{head}\n---\n\n# LoRA adapter\n\n{pin}\n\n" + "\n".join(fact for fact in facts if fact) + "\n"
+
+
+def _name_base(folder: Path, manifest: Manifest) -> None:
+    """PEFT writes the path it loaded from; an adapter names its base, never a path."""
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = manifest.base.id if manifest.base else ""
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
