@@ -73,6 +73,9 @@ def run(recipe: Recipe, *, listener: Listener) -> Outcome:
     from loractl.adapters.training.saving import save_adapter
 
     base = load_base_model(inputs.folder, quantization=recipe.quantize, dtype=recipe.dtype)
+    if base.device.type == "cpu":
+        # Torch's fused attention takes a fifth more time than plain products here, for short padded rows in bfloat16.
+        base.set_attn_implementation("eager")
     model, parent = _attach_adapter(base, recipe, inputs)
     num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     listener(

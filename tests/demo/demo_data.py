@@ -43,7 +43,7 @@ def write_demo_data(
     held_out_tweets, tweets = tweets[:num_held_out], tweets[num_held_out:]
     return DemoData(
         movies=_write_labels(folder / "movies.csv", movies[:num_movies]),
-        movies_more=_write_labels(folder / "movies-more.csv", movies[num_movies : num_movies + num_movies // 2]),
+        movies_more=_write_labels(folder / "movies-more.csv", movies[num_movies : num_movies + num_movies // 4]),
         products=_write_labels(folder / "products.csv", products[:num_products]),
         verdicts=_write_verdicts(folder / "verdicts.jsonl", tweets[:num_verdicts]),
         held_out_movies=held_out_movies,

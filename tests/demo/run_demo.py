@@ -34,7 +34,7 @@ from demo_data import DemoData, write_demo_data
 from demo_processes import DemoFailure, Service, free_port, heartbeat, run_loractl, start_service
 
 # The preset asks for 3 epochs over everything; two cores get one epoch over a part, so that the demo ends in minutes.
-NUM_MOVIES, NUM_PRODUCTS, NUM_VERDICTS = 1200, 600, 300
+NUM_MOVIES, NUM_PRODUCTS, NUM_VERDICTS = 1800, 500, 250
 NUM_HELD_OUT = 500
 NUM_HELD_OUT_VERDICTS = 60
 BURST_PROMPTS = (
