@@ -1,0 +1,87 @@
+"""One request on its way through the engine: its tokens, blocks, adapters and clocks. Decides nothing."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from loractl.adapters.reference import Digest
+from loractl.server.engine.kv_cache import BlockKey, root_key
+from loractl.server.engine.messages import RequestId, Submit, Timing, TokenLogprob
+from loractl.server.engine.text import TextStream
+
+AdapterKey = tuple[tuple[Digest, float], ...]
+"""The adapters of a request with their weights, in the request's order; empty for the bare base."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """Mutable state of one request, owned by the engine's thread.
+
+    `tokens` is the prompt and what was generated; the first `num_computed` of them have K and V in `blocks`.
+    """
+
+    submit: Submit
+    tokens: list[int]
+    text: TextStream
+    adapter_key: AdapterKey
+    arrived_at: float = field(default_factory=time.monotonic)
+    num_computed: int = 0
+    num_cached: int = 0
+    """Prompt tokens whose K and V were found in the prefix cache when it first started."""
+    blocks: list[int] = field(default_factory=list[int])
+    keys: list[BlockKey] = field(default_factory=list[BlockKey])
+    """Keys of the full blocks, as far as they have been needed."""
+    root: BlockKey = b""
+    holds_slots: bool = False
+    overtaken: int = 0
+    started_at: float | None = None
+    first_token_at: float | None = None
+    adapter_ready_at: float | None = None
+    prompt_logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list[tuple[TokenLogprob, ...]])
+    matcher: Any = None
+    """The state of a constrained output, None without a constraint."""
+
+    @classmethod
+    def of(cls, submit: Submit, text: TextStream) -> "Sequence":
+        """Start the state of a request."""
+        key = tuple((use.digest, use.weight) for use in submit.adapters)
+        return cls(
+            submit=submit,
+            tokens=list(submit.prompt),
+            text=text,
+            adapter_key=key,
+            root=root_key(salt=submit.tenant, adapters=key),
+        )
+
+    @property
+    def id(self) -> RequestId:
+        return self.submit.id
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.submit.prompt)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that still need K and V before the next token can be chosen."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def digests(self) -> tuple[Digest, ...]:
+        return tuple(digest for digest, _ in self.adapter_key)
+
+    def timing(self, now: float) -> Timing:
+        """Split the time since arrival into phases."""
+        started = self.started_at if self.started_at is not None else now
+        first = self.first_token_at if self.first_token_at is not None else now
+        ready = self.adapter_ready_at if self.adapter_ready_at is not None else self.arrived_at
+        return Timing(
+            queued_s=started - self.arrived_at,
+            adapter_wait_s=max(0.0, min(ready, started) - self.arrived_at),
+            prefill_s=max(0.0, first - started),
+            decode_s=max(0.0, now - first),
+        )
