@@ -1,0 +1,129 @@
+"""`loractl hub`: run a hub and look after it on its own machine. Click only; the rules are in `loractl.hub`."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from loractl.cli.output import print_json, print_note, print_table
+from loractl.hub.settings import HubSettings, read_settings
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_ROLES = ("read", "write", "promote", "admin")
+
+
+def place_options(command: F) -> F:
+    """Where a hub's database and blobs are."""
+    options = (
+        click.option("--root", type=click.Path(path_type=Path), help="Folder of the hub  [default: loractl-hub]"),
+        click.option("--database-url", metavar="URL", help="postgresql://user:password@host/name instead of SQLite."),
+        click.option("--blobs", metavar="URL", help="s3://bucket/prefix instead of files in the folder."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run one piece of work to its end."""
+    return asyncio.run(work)
+
+
+@click.group()
+def hub() -> None:
+    """Run and look after an adapter hub."""
+
+
+@hub.command()
+@place_options
+@click.option("--host", metavar="ADDRESS", help="Address to listen on  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on  [default: 8700]")
+@click.option("--public-url", metavar="URL", help="The hub's address for clients, behind a proxy.")
+@click.option("--anonymous-read", is_flag=True, default=None, help="Let everybody read public repos without a token.")
+def serve(**flags: Any) -> None:
+    """Run the hub until it is stopped.
+
+    The first start makes an admin token and prints it, once.
+    """
+    from loractl.hub.run import serve_hub
+
+    settings = read_settings(**flags)
+    serve_hub(settings, announce=_announce)
+
+
+def _announce(settings: HubSettings, url: str, new_token: str | None) -> None:
+    if new_token is not None:
+        print_note("This is the hub's first start. Its admin token, shown this once:\n")
+        print_note(f"    {new_token}\n")
+    print_note(f"hub: {url}   data: {settings.database_url and 'PostgreSQL' or settings.root.resolve()}")
+    print_note(f"use: export LORACTL_HUB={url} HF_ENDPOINT={url} LORACTL_TOKEN=... HF_TOKEN=...")
+
+
+@hub.group()
+def token() -> None:
+    """Make, list and revoke tokens."""
+
+
+@token.command("create")
+@place_options
+@click.option("--name", required=True, help="Who or what it is for.")
+@click.option(
+    "--scope", "scopes", type=click.Choice(_ROLES), multiple=True, default=("read",), show_default=True,
+    help="May be given several times.",
+)  # fmt: skip
+@click.option("--pattern", default="*", show_default=True, help="Repos that it is good for, such as 'demo/*'.")
+@click.option("--expires-in-days", type=click.IntRange(1, 3660), help="Ends by itself.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def token_create(
+    name: str, scopes: tuple[str, ...], pattern: str, expires_in_days: int | None, as_json: bool, **place: Any
+) -> None:
+    """Make a token and print it, this once."""
+    from loractl.hub.run import create_token
+    from loractl.hub.wire import TokenCreate
+
+    wanted = TokenCreate(name=name, roles=list(scopes), pattern=pattern, expires_in_days=expires_in_days)  # type: ignore[arg-type]
+    created = run(create_token(read_settings(**place), wanted))
+    if as_json:
+        print_json({"token": created.secret, "id": created.token.id, "name": name, "scopes": list(scopes)})
+    else:
+        click.echo(created.secret)
+
+
+@token.command("list")
+@place_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def token_list(as_json: bool, **place: Any) -> None:
+    """List tokens, without their secrets."""
+    from loractl.hub.run import list_tokens
+
+    rows = [
+        {
+            "id": view.id,
+            "name": view.name,
+            "scopes": ",".join(view.roles),
+            "pattern": view.pattern,
+            "ends_with": view.last4,
+            "created": view.created_at,
+            "expires": view.expires_at,
+            "last_used": view.last_used_at,
+            "revoked": view.revoked_at,
+        }
+        for view in run(list_tokens(read_settings(**place)))
+    ]
+    columns = ("id", "name", "scopes", "pattern", "ends_with", "created", "expires", "last_used", "revoked")
+    print_table(columns, rows, as_json=as_json, empty="no tokens: `loractl hub serve` makes the first one")
+
+
+@token.command("revoke")
+@place_options
+@click.argument("token_id", metavar="ID")
+def token_revoke(token_id: str, **place: Any) -> None:
+    """End a token now."""
+    from loractl.hub.run import revoke_token
+
+    view = run(revoke_token(read_settings(**place), token_id))
+    print_note(f"token {view.id} ({view.name}) is revoked")

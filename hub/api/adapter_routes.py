@@ -1,0 +1,94 @@
+"""Adapters by revision: resolve, list, show, validation, history, promote, rollback. Translates only."""
+
+from typing import Annotated
+
+from litestar import get, post
+from litestar.params import Parameter
+
+from loractl.adapters.errors import NotFound
+from loractl.adapters.reference import DEFAULT_REVISION
+from loractl.hub.access import ActorDep, HubDep, Policy, RepoDep, policy
+from loractl.hub.registry.catalogue import Search
+from loractl.hub.wire import (
+    API_PREFIX,
+    DEFAULT_PAGE,
+    MAX_PAGE,
+    AdapterDetail,
+    AdapterPage,
+    ChannelMove,
+    History,
+    Promote,
+    Resolved,
+    Rollback,
+    ValidationRecord,
+)
+
+_ADAPTER = API_PREFIX + "/adapters/{namespace:str}/{name:str}"
+
+Limit = Annotated[int, Parameter(ge=1, le=MAX_PAGE)]
+
+
+@get(API_PREFIX + "/resolve", opt=policy(Policy.TOKEN))
+async def resolve(
+    hub: HubDep,
+    actor: ActorDep,
+    repo_id: Annotated[str, Parameter(query="repo")],
+    revision: str = DEFAULT_REVISION,
+) -> Resolved:
+    """Make a revision exact."""
+    repo = await hub.repos.find(repo_id, actor=actor)
+    return await hub.catalogue.resolved(repo, revision)
+
+
+@get(API_PREFIX + "/adapters", opt=policy(Policy.TOKEN))
+async def list_adapters(
+    hub: HubDep,
+    actor: ActorDep,
+    base: str | None = None,
+    text: str | None = None,
+    task: str | None = None,
+    rank: int | None = None,
+    namespace: str | None = None,
+    limit: Limit = DEFAULT_PAGE,
+    cursor: str | None = None,
+) -> AdapterPage:
+    """List the adapters that this token may see, newest first."""
+    wanted = Search(base=base, text=text, task=task, rank=rank, namespace=namespace, limit=limit, cursor=cursor)
+    page = await hub.catalogue.search(wanted, actor=actor)
+    return AdapterPage(adapters=await hub.catalogue.summaries(page), next_cursor=page.next_cursor)
+
+
+@get(_ADAPTER, opt=policy(Policy.READ))
+async def show(hub: HubDep, repo: RepoDep, revision: str = DEFAULT_REVISION) -> AdapterDetail:
+    """Everything on one adapter."""
+    return await hub.catalogue.detail(repo, revision)
+
+
+@get(_ADAPTER + "/validation", opt=policy(Policy.READ))
+async def validation(hub: HubDep, repo: RepoDep, revision: str = DEFAULT_REVISION) -> ValidationRecord:
+    """What the checks said of a revision when it was pushed."""
+    record = await hub.catalogue.validation(repo, revision)
+    if record is None:
+        raise NotFound(f"{repo.repo_id}@{revision} holds nothing that was checked")
+    return record
+
+
+@get(_ADAPTER + "/history", opt=policy(Policy.READ))
+async def history(hub: HubDep, repo: RepoDep, channel: str | None = None, limit: Limit = DEFAULT_PAGE) -> History:
+    """Who moved which channel, newest first."""
+    return History(moves=await hub.channels.history(repo, channel, limit=limit))
+
+
+@post(_ADAPTER + "/promote", opt=policy(Policy.READ), status_code=200)
+async def promote(data: Promote, hub: HubDep, actor: ActorDep, repo: RepoDep) -> ChannelMove:
+    """Move a channel to a revision."""
+    return await hub.channels.promote(repo, data, actor=actor)
+
+
+@post(_ADAPTER + "/rollback", opt=policy(Policy.READ), status_code=200)
+async def rollback(data: Rollback, hub: HubDep, actor: ActorDep, repo: RepoDep) -> ChannelMove:
+    """Move a channel back to where it was."""
+    return await hub.channels.rollback(repo, data, actor=actor)
+
+
+ROUTES = [resolve, list_adapters, show, validation, history, promote, rollback]

@@ -1,0 +1,40 @@
+"""Health and metrics, open to everybody: they name nobody and nothing. Translates only."""
+
+from typing import Any
+
+from litestar import Response, get
+
+from loractl.hub.access import HubDep, Policy, policy
+
+
+@get("/healthz", opt=policy(Policy.PUBLIC))
+async def healthz() -> dict[str, Any]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@get("/readyz", opt=policy(Policy.PUBLIC))
+async def readyz(hub: HubDep) -> Response[dict[str, Any]]:
+    """Database and blobs answer too."""
+    checks = {"database": await hub.database.is_alive(), "blobs": await hub.store.is_alive()}
+    is_ready = all(checks.values())
+    hub.metrics.ready.set(is_ready)
+    return Response({"ready": is_ready, **checks}, status_code=200 if is_ready else 503)
+
+
+@get("/metrics", opt=policy(Policy.PUBLIC))
+async def metrics(hub: HubDep) -> Response[bytes]:
+    """The page for Prometheus."""
+    num_blobs, blob_bytes = await hub.ledger.totals()
+    num_repos, num_commits = await hub.catalogue.totals()
+    hub.metrics.blobs.set(num_blobs)
+    hub.metrics.blob_bytes.set(blob_bytes)
+    hub.metrics.repos.set(num_repos)
+    hub.metrics.revisions.set(num_commits)
+    free = await hub.store.free_bytes()
+    if free is not None:
+        hub.metrics.storage_free_bytes.set(free)
+    return Response(hub.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+ROUTES = [healthz, readyz, metrics]

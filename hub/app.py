@@ -1,0 +1,83 @@
+"""Puts the hub together: services, routes, one guard, one table of errors. Knows no rule."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+from litestar import Litestar
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import ScalarRenderPlugin
+
+from loractl.hub.access import DEPENDENCIES, OPT_KEY, authorise
+from loractl.hub.api import adapter_routes, health_routes, token_routes
+from loractl.hub.edge import Edge
+from loractl.hub.error_answers import EXCEPTION_HANDLERS
+from loractl.hub.hf import (
+    commit_routes,
+    download_routes,
+    gap_routes,
+    lfs_routes,
+    read_routes,
+    ref_routes,
+    repo_routes,
+    xet_routes,
+)
+from loractl.hub.metrics import HubMetrics
+from loractl.hub.services import open_hub
+from loractl.hub.settings import HubSettings
+
+_ROUTES = [
+    *repo_routes.ROUTES,
+    *read_routes.ROUTES,
+    *ref_routes.ROUTES,
+    *download_routes.ROUTES,
+    *lfs_routes.ROUTES,
+    *commit_routes.ROUTES,
+    *xet_routes.ROUTES,
+    *gap_routes.ROUTES,
+    *adapter_routes.ROUTES,
+    *token_routes.ROUTES,
+    *health_routes.ROUTES,
+]
+
+
+def create_app(settings: HubSettings) -> Litestar:
+    """Make the application; database and blobs are opened when it starts and closed when it stops."""
+    metrics = HubMetrics()
+    metrics.build_info.labels(version=version("loractl")).set(1)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Litestar) -> AsyncIterator[None]:
+        async with open_hub(settings, metrics=metrics) as hub:
+            app.state.hub = hub
+            yield
+
+    app = Litestar(
+        route_handlers=_ROUTES,
+        guards=[authorise],
+        dependencies=DEPENDENCIES,
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=[lifespan],
+        openapi_config=OpenAPIConfig(
+            title="loractl hub",
+            version=version("loractl"),
+            path="/schema",
+            # No page that fetches scripts from elsewhere: the document itself is at /schema/openapi.json.
+            render_plugins=[ScalarRenderPlugin(js_url="")],
+        ),
+        logging_config=None,
+    )
+    check_policies(app)
+    # Outside of the router, which would decode the path first.
+    app.asgi_handler = Edge(app.asgi_handler, metrics=metrics, body_timeout_s=settings.body_timeout_s)
+    return app
+
+
+def check_policies(app: Litestar) -> None:
+    """Stop the start when a route was added without saying who may use it."""
+    for route in app.routes:
+        for handler in getattr(route, "route_handlers", []) or [getattr(route, "route_handler", None)]:
+            owner = getattr(handler, "fn", None)
+            is_schema = getattr(owner, "__module__", "").startswith("litestar.")
+            if handler is not None and not is_schema and OPT_KEY not in handler.opt:
+                raise RuntimeError(f"route {route.path} has no policy")

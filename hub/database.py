@@ -1,0 +1,142 @@
+"""Transactions on SQLite or PostgreSQL, many readers and orderly writers. Knows no table's meaning.
+
+SQLite runs in WAL with `synchronous=FULL`: a transaction that returned is on the disk. Its writers take the one lock
+at once (`BEGIN IMMEDIATE`) and queue in this process, so that a push never fails because another was busy.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import event, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from loractl.adapters.errors import Unreachable, UsageError
+
+SQLITE_FILE = "hub.sqlite3"
+_BUSY_TIMEOUT_S = 30.0
+_NUM_READERS = 8
+
+
+class Database:
+    """A pool of connections; `read` and `write` are the only ways in."""
+
+    def __init__(self, engine: AsyncEngine, writer: AsyncEngine) -> None:
+        self.engine = engine
+        self._writer = writer
+        self._write_lock = asyncio.Lock()
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.engine.dialect.name == "sqlite"
+
+    @contextlib.asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """Open a snapshot for reading. Raises Unreachable when the database is away."""
+        with _as_unreachable():
+            async with self.engine.connect() as connection:
+                yield connection
+
+    @contextlib.asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """Open one transaction: durable when the block ends, undone when it raises. Raises Unreachable."""
+        with _as_unreachable():
+            if not self.is_sqlite:
+                async with self._writer.begin() as connection:
+                    yield connection
+                return
+            async with self._write_lock, self._writer.begin() as connection:
+                yield connection
+
+    async def is_alive(self) -> bool:
+        """Ask the database for a trivial answer."""
+        try:
+            async with asyncio.timeout(5.0), self.read() as connection:
+                await connection.execute(text("SELECT 1"))
+        except (Unreachable, TimeoutError):
+            return False
+        return True
+
+    async def close(self) -> None:
+        await self.engine.dispose()
+        if self._writer is not self.engine:
+            await self._writer.dispose()
+
+
+@contextlib.contextmanager
+def _as_unreachable() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeoutError, ConnectionError) as error:
+        raise Unreachable("the hub's database does not answer", retry_after_s=2.0) from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise Unreachable("the hub lost its database", retry_after_s=2.0) from error
+        raise
+
+
+def database_url(root: Path, url: str | None) -> str:
+    """Name the database for SQLAlchemy's async drivers; raises UsageError for another kind of database."""
+    if url is None:
+        return f"sqlite+aiosqlite:///{root / SQLITE_FILE}"
+    for prefix in ("postgresql+asyncpg://", "postgresql://", "postgres://"):
+        if url.startswith(prefix):
+            return "postgresql+asyncpg://" + url.removeprefix(prefix)
+    if url.startswith("sqlite:///"):
+        return "sqlite+aiosqlite:///" + url.removeprefix("sqlite:///")
+    raise UsageError(
+        f"--database-url {make_url(url).render_as_string() if '://' in url else url!r} is not known",
+        hint="postgresql://user:password@host/name, or nothing for SQLite",
+    )
+
+
+def open_database(url: str) -> Database:
+    """Make the engines for a URL from `database_url`; connects lazily."""
+    if url.startswith("sqlite"):
+        readers = create_async_engine(
+            url, poolclass=AsyncAdaptedQueuePool, pool_size=_NUM_READERS, max_overflow=0, pool_timeout=_BUSY_TIMEOUT_S
+        )
+        writer = create_async_engine(url, poolclass=AsyncAdaptedQueuePool, pool_size=1, max_overflow=0)
+        event.listen(readers.sync_engine, "connect", _prepare_sqlite)
+        event.listen(writer.sync_engine, "connect", _prepare_sqlite)
+        event.listen(readers.sync_engine, "begin", _begin_snapshot)
+        event.listen(writer.sync_engine, "begin", _begin_immediate)
+        return Database(readers, writer)
+    engine = create_async_engine(
+        url,
+        pool_size=_NUM_READERS,
+        max_overflow=_NUM_READERS,
+        pool_pre_ping=True,
+        pool_timeout=10.0,
+        connect_args={"timeout": 10, "command_timeout": 60},
+    )
+    return Database(engine, engine)
+
+
+def _prepare_sqlite(connection: Any, record: object) -> None:
+    del record
+    # Python would otherwise begin transactions by itself, and too late for BEGIN IMMEDIATE.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        f"busy_timeout={int(_BUSY_TIMEOUT_S * 1000)}",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_snapshot(connection: Any) -> None:
+    connection.exec_driver_sql("BEGIN")
+
+
+def _begin_immediate(connection: Any) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

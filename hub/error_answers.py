@@ -1,0 +1,123 @@
+"""One table from errors to answers, the same body on every route. Knows what Hugging Face clients understand.
+
+class                    status   X-Error-Code          what a stock client raises
+RepoNotFound             404      RepoNotFound          RepositoryNotFoundError (also for private repos of others)
+Unauthenticated          401      RepoNotFound          the same; none when a token was sent and is not valid
+RevisionNotFound         404      RevisionNotFound      RevisionNotFoundError
+EntryNotFound            404      EntryNotFound         RemoteEntryNotFoundError
+other LoractlError       its own  -                     BadRequestError, HfHubHTTPError with the text
+RepoMoved                307      -                     follows
+anything else            500      -                     HfHubHTTPError; the log has the trace, the answer has not
+"""
+
+import logging
+from typing import Any
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+
+from loractl.adapters.errors import (
+    BadRequest,
+    EntryNotFound,
+    LoractlError,
+    NotFound,
+    Overloaded,
+    RepoNotFound,
+    RevisionNotFound,
+    Unauthenticated,
+)
+from loractl.hub.registry.repos import RepoMoved
+from loractl.hub.wire import ErrorBody
+
+_log = logging.getLogger("loractl.hub")
+
+AnyRequest = Request[Any, Any, Any]
+
+_HF_CODES: dict[type[LoractlError], str] = {
+    RepoNotFound: "RepoNotFound",
+    RevisionNotFound: "RevisionNotFound",
+    EntryNotFound: "EntryNotFound",
+}
+INVALID_CREDENTIALS = "Invalid credentials in Authorization header"
+
+
+def answer_error(request: AnyRequest, error: LoractlError) -> Response[Any]:
+    """The answer to a typed error."""
+    request.app.state.hub.metrics.count_error(error)
+    if error.status >= 500:
+        _log.warning("%s: %s", error.code, error.message)
+    headers = {"X-Error-Message": _header_text(error.message)}
+    hf_code = _HF_CODES.get(type(error))
+    if isinstance(error, Unauthenticated) and error.message != INVALID_CREDENTIALS:
+        hf_code = "RepoNotFound"
+    if hf_code is not None:
+        headers["X-Error-Code"] = hf_code
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    elif isinstance(error, Overloaded):
+        headers["Retry-After"] = "1"
+    body = ErrorBody(
+        error=error.message if error.hint is None else f"{error.message} ({error.hint})",
+        code=error.code,
+        hint=error.hint,
+        field=error.field,
+        request_id=request.scope["state"].get("request_id"),
+    )
+    return _response(request, body, error.status, headers)
+
+
+def answer_http_error(request: AnyRequest, error: HTTPException) -> Response[Any]:
+    """The answer to what Litestar refuses by itself: unknown routes, bodies that are not what the route takes."""
+    kind: type[LoractlError] = NotFound if error.status_code == 404 else BadRequest
+    detail = error.detail
+    if isinstance(error.extra, list) and error.extra:
+        detail = "; ".join(f"{item.get('key', 'body')}: {item.get('message', '')}" for item in error.extra)
+    body = ErrorBody(error=detail, code=kind.code, request_id=request.scope["state"].get("request_id"))
+    headers = dict(error.headers or {}) | {"X-Error-Message": _header_text(detail)}
+    return _response(request, body, error.status_code, headers)
+
+
+def answer_moved(request: AnyRequest, error: RepoMoved) -> Response[Any]:
+    """Lead a client that asks for an old name to the present one."""
+    parameters = request.path_params
+    old = f"{parameters.get('namespace')}/{parameters.get('name')}"
+    path = request.scope["path"].replace(old, error.repo_id, 1)
+    query = request.scope["query_string"].decode("latin-1")
+    return _response(
+        request,
+        ErrorBody(error=f"the repo is now {error.repo_id}", code="MOVED"),
+        307,
+        {"Location": path + (f"?{query}" if query else "")},
+    )
+
+
+def answer_fault(request: AnyRequest, error: Exception) -> Response[Any]:
+    """The answer to our own fault: nothing of it leaves the hub but the id under which the log has it."""
+    _log.error("unexpected %s", type(error).__name__, exc_info=error)
+    body = ErrorBody(
+        error="the hub failed; its log has the reason",
+        code="INTERNAL",
+        request_id=request.scope["state"].get("request_id"),
+    )
+    return _response(request, body, 500, {})
+
+
+def _response(request: AnyRequest, body: ErrorBody, status: int, headers: dict[str, str]) -> Response[Any]:
+    if request.method == "HEAD":
+        return Response(content=b"", status_code=status, headers=headers, media_type="application/json")
+    return Response(
+        content=msgspec.json.encode(body), status_code=status, headers=headers, media_type="application/json"
+    )
+
+
+def _header_text(message: str) -> str:
+    return message.replace("\r", " ").replace("\n", " ").encode("latin-1", "replace").decode("latin-1")[:1000]
+
+
+EXCEPTION_HANDLERS: dict[type[Exception] | int, Any] = {
+    LoractlError: answer_error,
+    RepoMoved: answer_moved,
+    HTTPException: answer_http_error,
+    Exception: answer_fault,
+}

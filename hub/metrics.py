@@ -1,0 +1,60 @@
+"""What the hub counts for Prometheus; no label carries a name that a client chose. Knows no route and no rule."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from loractl.adapters.errors import LoractlError
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
+
+
+class HubMetrics:
+    """One registry per hub, so that two in one process do not add up."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.build_info = Gauge("loractl_hub_build_info", "Always 1.", ["version"], registry=registry)
+        self.ready = Gauge("loractl_hub_ready", "Whether database and blobs answer.", registry=registry)
+        self.http_requests = Counter(
+            "loractl_hub_http_requests_total", "Requests that were answered.", ["route", "method", "code"],
+            registry=registry,
+        )  # fmt: skip
+        self.http_seconds = Histogram(
+            "loractl_hub_http_request_seconds", "Time to the end of the answer.", ["route"], buckets=_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.http_in_flight = Gauge("loractl_hub_http_in_flight", "Requests being answered.", registry=registry)
+        self.upload_bytes = Counter("loractl_hub_upload_bytes_total", "Bytes of files taken in.", registry=registry)
+        self.download_bytes = Counter(
+            "loractl_hub_download_bytes_total", "Bytes of files sent.", ["backend"], registry=registry
+        )
+        self.commits = Counter("loractl_hub_commits_total", "Commits by outcome.", ["result"], registry=registry)
+        self.validation_failures = Counter(
+            "loractl_hub_validation_failures_total", "Rejections by check.", ["reason"], registry=registry
+        )
+        self.auth_failures = Counter(
+            "loractl_hub_auth_failures_total", "Requests refused for their token.", ["reason"], registry=registry
+        )
+        self.blobs = Gauge("loractl_hub_blobs", "Blobs in the books.", registry=registry)
+        self.blob_bytes = Gauge("loractl_hub_blob_bytes", "Their bytes.", registry=registry)
+        self.repos = Gauge("loractl_hub_repos", "Repos.", registry=registry)
+        self.revisions = Gauge("loractl_hub_revisions", "Commits.", registry=registry)
+        self.storage_free_bytes = Gauge(
+            "loractl_hub_storage_free_bytes", "Room left for blobs, where there is an end.", registry=registry
+        )
+        self.db_errors = Counter("loractl_hub_db_errors_total", "Database failures.", ["kind"], registry=registry)
+        self.blob_errors = Counter(
+            "loractl_hub_blob_errors_total", "Blobs that were found missing or damaged.", ["kind"], registry=registry
+        )
+
+    def text(self) -> bytes:
+        """The page that Prometheus reads."""
+        return generate_latest(self.registry)
+
+    def count_error(self, error: LoractlError) -> None:
+        """Count what went wrong, by the code that the client saw."""
+        if error.code in {"UNREACHABLE", "DRAINING"}:
+            self.db_errors.labels(kind="unreachable").inc()
+        elif error.code in {"BLOB_MISSING", "BLOB_CORRUPT"}:
+            self.blob_errors.labels(kind=error.code.removeprefix("BLOB_").lower()).inc()
+        elif error.code in {"UNAUTHENTICATED", "NOT_ALLOWED"}:
+            self.auth_failures.labels(reason=error.code.lower()).inc()

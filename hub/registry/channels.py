@@ -1,0 +1,323 @@
+"""Channels and tags: made, moved by compare-and-swap, moved back, with an append-only history. Knows no files."""
+
+import re
+import time
+from typing import Literal
+
+from msgspec import UNSET, UnsetType
+from sqlalchemy import Select, delete, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from loractl.adapters.errors import BadRequest, Conflict, NotAllowed, NotFound, RevisionNotFound
+from loractl.adapters.reference import DEFAULT_REVISION, check_revision
+from loractl.hub import tables
+from loractl.hub.actor import Actor
+from loractl.hub.database import Database
+from loractl.hub.failpoints import reach
+from loractl.hub.moments import iso
+from loractl.hub.registry.journal import emit, record
+from loractl.hub.registry.records import Commit, Ref, Repo
+from loractl.hub.registry.repos import lock_repo
+from loractl.hub.registry.revisions import find_ref, resolve, revision_not_found
+from loractl.hub.wire import ChannelMove, MoveKind, Promote, Rollback
+
+_VERSION = re.compile(r"v[0-9]+")
+_HEX = re.compile(r"[0-9a-f]{7,40}")
+
+
+def check_ref_name(name: str, *, kind: Literal["channel", "tag"]) -> None:
+    """Raise UsageError or BadRequest unless a person may give this name."""
+    check_revision(name, whole=name)
+    if _VERSION.fullmatch(name):
+        raise BadRequest(
+            f"{name!r} cannot be a {kind}: the hub names versions so, at each push", hint="choose a name such as prod"
+        )
+    if _HEX.fullmatch(name) or name.startswith("refs/"):
+        raise BadRequest(f"{name!r} cannot be a {kind}: it looks like a commit or a full ref", hint="choose a word")
+
+
+class Channels:
+    """Moves the names that people and servers follow."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def create_branch(self, repo: Repo, name: str, *, start: str | None, actor: Actor) -> None:
+        """Make a channel at `start` (`main`); raises Conflict when the name is taken."""
+        check_ref_name(name, kind="channel")
+        async with self._database.write() as connection:
+            await lock_repo(connection, repo.key)
+            if await find_ref(connection, repo, name) is not None:
+                raise Conflict(f"{repo.repo_id} has a channel or tag {name} already")
+            commit = await resolve(connection, repo, start or DEFAULT_REVISION)
+            await _put_ref(connection, repo, name, kind="branch", commit=commit)
+            await _log_move(connection, repo, name, "create", None, commit.oid, actor=actor, reason="")
+            await record(connection, actor, "channel.create", target=repo.repo_id, detail={"channel": name})
+            await emit(connection, "channel.moved", repo, _payload(name, "create", None, commit))
+
+    async def delete_branch(self, repo: Repo, name: str, *, actor: Actor) -> None:
+        """Remove a channel; `main` and protected ones stay. Raises RevisionNotFound."""
+        async with self._database.write() as connection:
+            await lock_repo(connection, repo.key)
+            ref = await _branch(connection, repo, name)
+            if name == DEFAULT_REVISION:
+                raise BadRequest("main cannot be deleted", hint="promote another revision to it instead")
+            _check_protected(repo, ref, actor)
+            table = tables.ref
+            await connection.execute(delete(table).where(table.c.repo == repo.key, table.c.name == name))
+            await _log_move(connection, repo, name, "delete", ref.commit_oid, None, actor=actor, reason="")
+            await record(connection, actor, "channel.delete", target=repo.repo_id, detail={"channel": name})
+            await emit(connection, "channel.moved", repo, _payload(name, "delete", ref.commit_oid, None))
+
+    async def create_tag(self, repo: Repo, name: str, *, revision: str, message: str, actor: Actor) -> None:
+        """Name a revision for good; raises Conflict when the name is taken, RevisionNotFound."""
+        async with self._database.write() as connection:
+            await lock_repo(connection, repo.key)
+            if await find_ref(connection, repo, name) is not None:
+                raise Conflict(f"{repo.repo_id} has a tag or channel {name} already")
+            check_ref_name(name, kind="tag")
+            commit = await resolve(connection, repo, revision)
+            await _put_ref(connection, repo, name, kind="tag", commit=commit, message=message)
+            await record(
+                connection, actor, "tag.create", target=repo.repo_id, detail={"tag": name, "commit": commit.oid}
+            )
+
+    async def delete_tag(self, repo: Repo, name: str, *, actor: Actor) -> None:
+        """Remove a tag that a person made; versions stay. Raises RevisionNotFound."""
+        async with self._database.write() as connection:
+            await lock_repo(connection, repo.key)
+            ref = await find_ref(connection, repo, name)
+            if ref is None or ref.kind == "branch":
+                raise revision_not_found(repo, name)
+            if ref.kind == "version":
+                raise NotAllowed(f"{name} is a version, which never changes", hint=f"`loractl yank` withdraws {name}")
+            table = tables.ref
+            await connection.execute(delete(table).where(table.c.repo == repo.key, table.c.name == name))
+            await record(connection, actor, "tag.delete", target=repo.repo_id, detail={"tag": name})
+
+    async def protect(self, repo: Repo, name: str, *, protected: bool, actor: Actor) -> None:
+        """Let only holders of the right `promote` move a channel, or everybody who may write."""
+        async with self._database.write() as connection:
+            await lock_repo(connection, repo.key)
+            await _branch(connection, repo, name)
+            table = tables.ref
+            await connection.execute(
+                update(table).where(table.c.repo == repo.key, table.c.name == name).values(protected=protected)
+            )
+            detail = {"channel": name, "protected": protected}
+            await record(connection, actor, "channel.protect", target=repo.repo_id, detail=detail)
+
+    async def promote(self, repo: Repo, wanted: Promote, *, actor: Actor) -> ChannelMove:
+        """Move a channel to a revision. Raises Conflict unless the channel is where `expected_old` says."""
+        name = wanted.channel
+        async with self._database.write() as connection:
+            await lock_repo(connection, repo.key)
+            ref = await find_ref(connection, repo, name)
+            if ref is None:
+                check_ref_name(name, kind="channel")
+            elif ref.kind != "branch":
+                raise BadRequest(f"{name} is a {ref.kind}, which never moves", field="channel")
+            else:
+                _check_protected(repo, ref, actor)
+            old = None if ref is None else ref.commit_oid
+            _check_expected(name, old, wanted.expected_old)
+            commit = await resolve(connection, repo, wanted.revision)
+            return await self._move(
+                connection, repo, name, kind="promote", old=old, to=commit, actor=actor, reason=wanted.reason
+            )
+
+    async def rollback(self, repo: Repo, wanted: Rollback, *, actor: Actor) -> ChannelMove:
+        """Move a channel back to where it was. Raises Conflict as `promote`, NotFound when there is no way back."""
+        name = wanted.channel
+        async with self._database.write() as connection:
+            await lock_repo(connection, repo.key)
+            ref = await _branch(connection, repo, name)
+            _check_protected(repo, ref, actor)
+            _check_expected(name, ref.commit_oid, wanted.expected_old)
+            been = await _places(connection, repo, name)
+            if wanted.to is None:
+                oid = _previous(been, ref.commit_oid)
+                if oid is None:
+                    raise NotFound(f"channel {name} of {repo.repo_id} was never anywhere else", hint="promote instead")
+                commit = await resolve(connection, repo, oid)
+            else:
+                commit = await resolve(connection, repo, wanted.to)
+                if all(new != commit.oid for _, new in been):
+                    raise NotFound(f"channel {name} was never at {wanted.to}", hint="promote moves it anywhere")
+            return await self._move(
+                connection,
+                repo,
+                name,
+                kind="rollback",
+                old=ref.commit_oid,
+                to=commit,
+                actor=actor,
+                reason=wanted.reason,
+            )
+
+    async def _move(
+        self,
+        connection: AsyncConnection,
+        repo: Repo,
+        name: str,
+        *,
+        kind: MoveKind,
+        old: str | None,
+        to: Commit,
+        actor: Actor,
+        reason: str,
+    ) -> ChannelMove:
+        await _put_ref(connection, repo, name, kind="branch", commit=to)
+        number = await _log_move(connection, repo, name, kind, old, to.oid, actor=actor, reason=reason)
+        detail = {"channel": name, "from": old, "to": to.oid, "reason": reason}
+        await record(connection, actor, f"channel.{kind}", target=repo.repo_id, detail=detail)
+        await emit(connection, "channel.moved", repo, _payload(name, kind, old, to))
+        reach("promote-before-end")
+        moves = await _read_moves(connection, repo, select(tables.ref_log).where(tables.ref_log.c.id == number))
+        return moves[0]
+
+    async def history(self, repo: Repo, channel: str | None, *, limit: int) -> list[ChannelMove]:
+        """Moves of one channel or of all, newest first."""
+        table = tables.ref_log
+        query = select(table).where(table.c.repo == repo.key).order_by(table.c.id.desc()).limit(limit)
+        if channel is not None:
+            query = query.where(table.c.name == channel)
+        async with self._database.read() as connection:
+            moves = await _read_moves(connection, repo, query)
+            if not moves and channel is not None:
+                raise RevisionNotFound(f"{repo.repo_id} has no channel {channel!r} and never had one")
+            return moves
+
+
+def _check_protected(repo: Repo, ref: Ref, actor: Actor) -> None:
+    if ref.protected and not actor.may("promote", repo.repo_id, private=True):
+        raise NotAllowed(
+            f"channel {ref.name} of {repo.repo_id} is protected", hint="moving it takes a token with the role promote"
+        )
+
+
+def _check_expected(name: str, old: str | None, expected: str | UnsetType | None) -> None:
+    if expected is not UNSET and expected != old:
+        at = "does not exist" if old is None else f"is at {old}"
+        wanted = "not to exist" if expected is None else f"to be at {expected}"
+        raise Conflict(
+            f"channel {name} {at}; expected was {wanted}", hint="somebody else moved it: look at its history"
+        )
+
+
+def _previous(been: list[tuple[str | None, str | None]], now: str) -> str | None:
+    """Where a channel was before it came to `now`, undoing each rollback with the move that it took back.
+
+    `been`: (old, new) of every move, oldest first.
+    """
+    trail: list[str] = []
+    for _, new in been:
+        if new is None:
+            trail.clear()
+        elif new in trail:
+            # Back at a place where it was: what came after is undone.
+            del trail[trail.index(new) + 1 :]
+        else:
+            trail.append(new)
+    if now in trail and trail.index(now) > 0:
+        return trail[trail.index(now) - 1]
+    return None
+
+
+async def _places(connection: AsyncConnection, repo: Repo, name: str) -> list[tuple[str | None, str | None]]:
+    table = tables.ref_log
+    query = select(table.c.old_oid, table.c.new_oid).where(table.c.repo == repo.key, table.c.name == name)
+    return [(row.old_oid, row.new_oid) for row in (await connection.execute(query.order_by(table.c.id))).all()]
+
+
+async def _branch(connection: AsyncConnection, repo: Repo, name: str) -> Ref:
+    ref = await find_ref(connection, repo, name)
+    if ref is None or ref.kind != "branch":
+        raise RevisionNotFound(f"{repo.repo_id} has no channel {name!r}", hint=f"`loractl history {repo.repo_id}`")
+    return ref
+
+
+async def _put_ref(
+    connection: AsyncConnection,
+    repo: Repo,
+    name: str,
+    *,
+    kind: Literal["branch", "tag"],
+    commit: Commit,
+    message: str = "",
+) -> None:
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    moved = {"commit_oid": commit.oid, "updated_at": time.time()}
+    values = {"repo": repo.key, "name": name, "kind": kind, "protected": False, "message": message, **moved}
+    await connection.execute(
+        dialect.insert(tables.ref).values(**values).on_conflict_do_update(index_elements=["repo", "name"], set_=moved)
+    )
+
+
+async def _log_move(
+    connection: AsyncConnection,
+    repo: Repo,
+    name: str,
+    kind: MoveKind,
+    old: str | None,
+    new: str | None,
+    *,
+    actor: Actor,
+    reason: str,
+) -> int:
+    row = await connection.execute(
+        insert(tables.ref_log)
+        .values(
+            repo=repo.key,
+            name=name,
+            kind=kind,
+            old_oid=old,
+            new_oid=new,
+            by=actor.name,
+            at=time.time(),
+            reason=reason,
+        )
+        .returning(tables.ref_log.c.id)
+    )
+    return int(row.scalar_one())
+
+
+def _payload(name: str, kind: MoveKind, old: str | None, new: Commit | None) -> dict[str, str | None]:
+    """What followers of the event stream learn of a move."""
+    return {
+        "channel": name,
+        "kind": kind,
+        "old": old,
+        "new": None if new is None else new.oid,
+        "version": None if new is None else new.version,
+        "digest": None if new is None else new.digest,
+    }
+
+
+async def _read_moves(
+    connection: AsyncConnection, repo: Repo, query: "Select[tuple[object, ...]]"
+) -> list[ChannelMove]:
+    rows = (await connection.execute(query)).all()
+    oids = {oid for row in rows for oid in (row.old_oid, row.new_oid) if oid is not None}
+    table = tables.commit
+    versions = {
+        row.oid: row.version
+        for row in await connection.execute(select(table.c.oid, table.c.version).where(table.c.oid.in_(oids)))
+    }
+    return [
+        ChannelMove(
+            id=row.id,
+            repo_id=repo.repo_id,
+            channel=row.name,
+            kind=row.kind,
+            old_commit=row.old_oid,
+            new_commit=row.new_oid,
+            old_version=versions.get(row.old_oid),
+            new_version=versions.get(row.new_oid),
+            by=row.by,
+            at=iso(row.at),
+            reason=row.reason,
+        )
+        for row in rows
+    ]

@@ -1,0 +1,81 @@
+"""Runs the hub's process, and the work that an operator does beside it. Knows uvicorn and the services, no route."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from loractl.adapters.errors import UsageError
+from loractl.hub.actor import SYSTEM
+from loractl.hub.app import create_app
+from loractl.hub.logs import configure_logs
+from loractl.hub.services import open_hub
+from loractl.hub.settings import HubSettings
+from loractl.hub.wire import TokenCreate, TokenCreated, TokenView
+
+Announce = Callable[[HubSettings, str, str | None], None]
+
+_DRAIN_S = 30
+
+
+def serve_hub(settings: HubSettings, *, announce: Announce) -> None:
+    """Serve until SIGTERM or SIGINT; requests in flight are finished first. Raises UsageError when it cannot listen."""
+    configure_logs(settings.log_level)
+    new_token = asyncio.run(first_token(settings))
+    with _listener(settings) as listener:
+        port = listener.getsockname()[1]
+        host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host  # noqa: S104
+        shown = f"[{host}]" if ":" in host else host
+        announce(settings, settings.public_url or f"http://{shown}:{port}", new_token)
+        config = uvicorn.Config(
+            create_app(settings),
+            log_config=None,
+            # The edge writes an access log of its own, with request ids and without query strings.
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_DRAIN_S,
+            timeout_keep_alive=75,
+            lifespan="on",
+        )
+        server = uvicorn.Server(config)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
+    logging.getLogger("loractl.hub").info("stopped")
+
+
+def _listener(settings: HubSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", hint="choose another --port"
+        ) from error
+
+
+async def first_token(settings: HubSettings) -> str | None:
+    """Make the admin token of a hub that has no token yet; its secret, or None when there are tokens."""
+    async with open_hub(settings) as hub:
+        if await hub.tokens.any_exist():
+            return None
+        created = await hub.tokens.create(TokenCreate(name="admin", roles=["admin"]), actor=SYSTEM)
+        return created.secret
+
+
+async def create_token(settings: HubSettings, wanted: TokenCreate) -> TokenCreated:
+    """Make a token beside a running hub or before its first start."""
+    async with open_hub(settings) as hub:
+        return await hub.tokens.create(wanted, actor=SYSTEM)
+
+
+async def list_tokens(settings: HubSettings) -> list[TokenView]:
+    async with open_hub(settings) as hub:
+        return await hub.tokens.list_all()
+
+
+async def revoke_token(settings: HubSettings, token_id: str) -> TokenView:
+    async with open_hub(settings) as hub:
+        return await hub.tokens.revoke(token_id, actor=SYSTEM)

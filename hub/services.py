@@ -1,0 +1,86 @@
+"""Everything that a request may need, opened once at the start and closed at the end. Knows no route."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from loractl.adapters.errors import UsageError
+from loractl.adapters.validation import Policy
+from loractl.hub.blobs.local import LocalBlobStore
+from loractl.hub.blobs.store import BlobStore
+from loractl.hub.database import Database, database_url, open_database
+from loractl.hub.metrics import HubMetrics
+from loractl.hub.migrate import migrate
+from loractl.hub.registry.catalogue import Catalogue
+from loractl.hub.registry.channels import Channels
+from loractl.hub.registry.commits import Commits
+from loractl.hub.registry.ledger import Ledger
+from loractl.hub.registry.repos import Repos
+from loractl.hub.registry.revisions import Revisions
+from loractl.hub.registry.tokens import Tokens
+from loractl.hub.registry.uploads import Uploads
+from loractl.hub.registry.xet_uploads import XetUploads
+from loractl.hub.settings import HubSettings
+from loractl.hub.signing import Signer, load_signer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hub:
+    """One open hub."""
+
+    settings: HubSettings
+    policy: Policy
+    database: Database
+    store: BlobStore
+    signer: Signer
+    metrics: HubMetrics
+    tokens: Tokens
+    repos: Repos
+    revisions: Revisions
+    channels: Channels
+    catalogue: Catalogue
+    ledger: Ledger
+    commits: Commits
+    uploads: Uploads
+    xet: XetUploads
+
+
+@contextlib.asynccontextmanager
+async def open_hub(settings: HubSettings, *, metrics: HubMetrics | None = None) -> AsyncIterator[Hub]:
+    """Open database and blobs, bring the schema up to date. Raises Unreachable, Incompatible, UsageError."""
+    try:
+        settings.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--root {settings.root}: {error.strerror}") from error
+    database = open_database(database_url(settings.root, settings.database_url))
+    try:
+        await migrate(database)
+        store = await open_store(settings)
+        policy = Policy(max_files=settings.max_files_per_repo, max_file_bytes=settings.max_file_bytes)
+        ledger = Ledger(database, store, settings)
+        yield Hub(
+            settings=settings,
+            policy=policy,
+            database=database,
+            store=store,
+            signer=await load_signer(database),
+            metrics=metrics or HubMetrics(),
+            tokens=Tokens(database, anonymous_read=settings.anonymous_read),
+            repos=Repos(database),
+            revisions=Revisions(database),
+            channels=Channels(database),
+            catalogue=Catalogue(database, store),
+            ledger=ledger,
+            commits=Commits(database, store, policy),
+            uploads=Uploads(database, store, ledger, settings),
+            xet=XetUploads(store, ledger, settings),
+        )
+    finally:
+        await database.close()
+
+
+async def open_store(settings: HubSettings) -> BlobStore:
+    """Open the place of the blobs; raises UsageError for an address that is not known, Unreachable."""
+    if settings.blobs is None:
+        return LocalBlobStore(settings.root)
+    raise UsageError(f"--blobs {settings.blobs} is not known", hint="s3://bucket/prefix, or nothing for a folder")
