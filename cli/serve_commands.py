@@ -1,0 +1,200 @@
+"""`loractl serve` and `loractl status`: thin commands over the server. No torch until a base is loaded."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loractl.adapters.errors import LoractlError, Unreachable, UsageError
+from loractl.cli.output import is_interactive, print_json, print_note, print_table
+
+
+@click.command(short_help="Serve a base model and its adapters with an OpenAI-compatible API.")
+@click.argument("base")
+@click.option("--hub", "hub_url", envvar="LORACTL_HUB", help="Hub that adapters are fetched from by name.")
+@click.option("--token", envvar="LORACTL_TOKEN", help="The server's own token for the hub.", show_envvar=True)
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=DIR", help="Serve a local adapter; repeatable.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8800, show_default=True, help="Port to listen on; 0 lets the system choose.")
+@click.option("--name", "base_name", help="Model name of the bare base; its folder's or repo's name if not given.")
+@click.option(
+    "--quantize", type=click.Choice(["int8", "nf4", "none"]), default="int8", show_default=True, help="Weights' format."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="What is computed in.",
+)
+@click.option("--slots", default=32, show_default=True, help="Adapters resident on the device at once.")
+@click.option("--max-rank", default=64, show_default=True, help="Highest LoRA rank that a slot holds.")
+@click.option("--max-model-len", type=int, help="Longest sequence, prompt and output together.")
+@click.option("--max-running", default=64, show_default=True, help="Sequences that decode at once.")
+@click.option("--max-queue", default=1024, show_default=True, help="Requests that may wait; the next one gets 429.")
+@click.option("--api-keys", "keys_file", type=click.Path(path_type=Path), help="File with one API key a line.")
+@click.option("--insecure", is_flag=True, help="Listen beyond this machine without keys.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Folder for fetched adapters.")
+@click.option("--cache-bytes", type=int, help="Limit of that folder.")
+@click.option("--drain-timeout", default=300.0, show_default=True, help="Seconds that running answers get at the end.")
+@click.option("--drain-grace", default=0.0, show_default=True, help="Seconds to keep answering 503 before closing.")
+@click.option("--check-config", is_flag=True, help="Check everything but the weights, print it, and stop.")
+def serve(**options: Any) -> None:
+    """Serve a base model and its adapters with an OpenAI-compatible API.
+
+    BASE is a folder in transformers' format or a hub repo id. The adapter is the request's `model`: a NAME given with
+    --adapter, or TEAM/NAME[@REVISION] in the hub.
+
+    \b
+    Examples:
+      loractl serve ./smollm2 --hub http://127.0.0.1:8700
+      loractl serve ./smollm2 --adapter movies=./out/movies --quantize none
+    """
+    from loractl.server import assemble
+    from loractl.server.run import log_to_stderr, open_socket, run_server
+
+    host, port = options["host"], options["port"]
+    checked = assemble.check(_choices(options))
+    if options["check_config"]:
+        print_json({"base": checked.base_name, "fingerprint": checked.fingerprint, "adapters": list(checked.local)})
+        return
+    listener = open_socket(host, port)
+    port = listener.getsockname()[1]
+    with _progress(f"loading {checked.base_name} ({options['quantize']})"):
+        serving = assemble.load(checked)
+    log_to_stderr()
+    run_server(serving, listener, on_ready=lambda: _say_ready(host, port, checked.base_name))
+
+
+def _choices(options: dict[str, Any]) -> Any:
+    from loractl.server.assemble import Choices
+    from loractl.server.engine.settings import EngineSettings
+
+    engine = EngineSettings(
+        num_slots=options["slots"],
+        max_rank=options["max_rank"],
+        max_model_len=options["max_model_len"],
+        max_running=options["max_running"],
+        max_queue=options["max_queue"],
+    )
+    return Choices(
+        base=options["base"],
+        base_name=options["base_name"],
+        hub_url=options["hub_url"],
+        hub_token=options["token"],
+        adapters=_local_adapters(options["adapters"]),
+        host=options["host"],
+        insecure=options["insecure"],
+        keys_file=options["keys_file"],
+        quantization=options["quantize"],
+        dtype=options["dtype"],
+        engine=engine,
+        cache_folder=options["cache"],
+        cache_bytes=options["cache_bytes"],
+        drain_timeout_s=options["drain_timeout"],
+        drain_grace_s=options["drain_grace"],
+    )
+
+
+def _local_adapters(given: tuple[str, ...]) -> dict[str, Path]:
+    adapters: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise UsageError(f"--adapter {text!r} is not NAME=DIR")
+        if name in adapters:
+            raise UsageError(f"--adapter {name} is given twice")
+        if "," in name or '"' in name or "\n" in name or "\\" in name:
+            raise UsageError(f"--adapter {name!r}: a name has no comma, quote, backslash or line break")
+        adapters[name] = Path(folder)
+    return adapters
+
+
+def _say_ready(host: str, port: int, base_name: str) -> None:
+    url = f"http://{'127.0.0.1' if host in {'0.0.0.0', '::'} else host}:{port}"  # noqa: S104 - compared, not bound
+    print_note(f"ready: {url}/v1  (base {base_name}, metrics {url}/metrics)")
+    body = f'{{"model": "{base_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    print_note(f"try:   curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """Show that something goes on: a spinner for a person, a line every few seconds otherwise."""
+    if is_interactive():
+        from rich.console import Console
+
+        with Console(stderr=True).status(what):
+            yield
+        return
+    print_note(what)
+    started, done = time.monotonic(), threading.Event()
+
+    def beat() -> None:
+        while not done.wait(5.0):
+            print_note(f"{what}: {time.monotonic() - started:.0f} s")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@click.command(short_help="Show a server's adapters, queues and speed.")
+@click.option("--server", "url", envvar="LORACTL_SERVER", default="http://127.0.0.1:8800", show_default=True)
+@click.option("--key", envvar="LORACTL_API_KEY", help="An API key with the admin right.")
+@click.option("--watch", is_flag=True, help="Show it again every second until interrupted.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def status(*, url: str, key: str | None, watch: bool, as_json: bool) -> None:
+    """Show a server's adapters, queues and speed.
+
+    \b
+    Examples:
+      loractl status
+      loractl status --json | jq .adapters
+    """
+    before = _ask_status(url, key)
+    if as_json:
+        print_json(before)
+        return
+    _show_status(before, tokens_per_s=None)
+    while watch:
+        time.sleep(1.0)
+        now = _ask_status(url, key)
+        click.clear()
+        _show_status(now, tokens_per_s=now["num_generated_tokens"] - before["num_generated_tokens"])
+        before = now
+
+
+def _ask_status(url: str, key: str | None) -> dict[str, Any]:
+    import httpx
+
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        response = httpx.get(f"{url.rstrip('/')}/admin/status", headers=headers, timeout=5.0)
+    except httpx.HTTPError as error:
+        raise Unreachable(f"no server answers at {url}", hint="start one with `loractl serve BASE`") from error
+    if not response.is_success:
+        raise LoractlError(f"{url}: {response.status_code} {response.text[:500]}", hint="is it a loractl server?")
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def _show_status(status: dict[str, Any], *, tokens_per_s: int | None) -> None:
+    state = "draining" if status["draining"] else "ready" if status["ready"] else status["state"]
+    hub = {None: "none", True: "up", False: "down"}[status["hub_up"]]
+    speed = f", {tokens_per_s} tokens/s" if tokens_per_s is not None else ""
+    click.echo(f"{status['base']} ({status['quantization']}): {state}, hub {hub}{speed}")
+    click.echo(
+        f"running {status['running']}, waiting {sum(status['waiting'].values())}, "
+        f"KV {status['kv_usage_ratio']:.0%}, most adapters in a step {status['max_distinct_adapters_in_step']}"
+    )
+    columns = ["name", "level", "rank", "pinned", "num_running", "digest"]
+    rows = [adapter | {"digest": adapter["digest"][:19]} for adapter in status["adapters"]]
+    print_table(columns, rows, as_json=False, empty="no adapter is resident")

@@ -1,0 +1,89 @@
+"""The application: routes on one server, error shapes, a request id on every answer, and one log line. No decisions."""
+
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from litestar import Litestar
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from loractl.server.completion_routes import completion_routes
+from loractl.server.metrics import EngineCollector, ServerMetrics
+from loractl.server.model_routes import model_routes
+from loractl.server.openai_errors import EXCEPTION_HANDLERS
+from loractl.server.operator_routes import operator_routes
+from loractl.server.serving import Serving
+
+log = logging.getLogger("loractl.server.access")
+
+
+def create_app(serving: Serving) -> ASGIApp:
+    """Build the ASGI application of one server; it starts the engine's thread and ends it."""
+
+    @asynccontextmanager
+    async def life(app: Litestar) -> AsyncIterator[None]:
+        del app
+        await serving.bridge.start()
+        collector = EngineCollector(serving.snapshot)
+        serving.metrics.registry.register(collector)
+        try:
+            yield
+        finally:
+            serving.metrics.registry.unregister(collector)
+            await serving.bridge.stop()
+            await serving.source.close()
+            serving.prompts.close()
+
+    app = Litestar(
+        route_handlers=[*completion_routes(serving), *model_routes(serving), *operator_routes(serving)],
+        lifespan=[life],
+        exception_handlers=dict(EXCEPTION_HANDLERS),
+        request_max_body_size=serving.settings.max_body_bytes,
+        openapi_config=None,
+        logging_config=None,
+    )
+    paths = {route.path for route in app.routes}
+    return _Outermost(app, serving.metrics, paths)
+
+
+class _Outermost:
+    """Gives every answer an id, counts it, and logs it without what was asked or said."""
+
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, paths: set[str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP:
+            await self._app(scope, receive, send)
+            return
+        request_id, started = f"req_{uuid.uuid4().hex}", time.monotonic()
+        status, digest, method = 0, "", str(scope.get("method", ""))
+
+        async def named_send(message: Message) -> None:
+            nonlocal status, digest
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = list(message.get("headers", []))
+                digest = next((value.decode() for name, value in headers if name == b"x-loractl-adapter"), "")
+                message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, named_send)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(path, str(status)).inc()
+            facts = {
+                "request_id": request_id,
+                "method": method,
+                "path": path,
+                "status": status,
+                "adapter": digest,
+                "seconds": round(time.monotonic() - started, 4),
+            }
+            log.info("request", extra={"facts": facts})

@@ -1,0 +1,121 @@
+"""Puts one server together from an operator's choices: base, engine, adapters, hub."""
+
+import ipaddress
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loractl.adapters.base_identity import cache_folder, identify_base
+from loractl.adapters.base_source import BaseSource, resolve_base
+from loractl.adapters.digest import folder_digest
+from loractl.adapters.errors import UsageError
+from loractl.adapters.local_cache import AdapterCache
+from loractl.adapters.manifest import Quantization
+from loractl.server.access import Access
+from loractl.server.bridge import Bridge, EngineLike
+from loractl.server.engine.settings import EngineSettings
+from loractl.server.fetch import AdapterSource, Found
+from loractl.server.hub_reader import HubReader
+from loractl.server.metrics import ServerMetrics
+from loractl.server.prompts import Prompts
+from loractl.server.serving import Serving, ServingSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What the command line says, checked but not yet acted on."""
+
+    base: str
+    base_name: str | None = None
+    hub_url: str | None = None
+    hub_token: str | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    host: str = "127.0.0.1"
+    insecure: bool = False
+    keys_file: Path | None = None
+    quantization: Quantization = "int8"
+    dtype: str = "auto"
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    cache_folder: Path | None = None
+    cache_bytes: int | None = None
+    drain_timeout_s: float = 300.0
+    drain_grace_s: float = 0.0
+    max_adapter_labels: int = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """Choices that hold together: files found, keys read; no weight is loaded yet."""
+
+    choices: Choices
+    source: BaseSource
+    fingerprint: str
+    access: Access
+    local: Mapping[str, Found]
+
+    @property
+    def base_name(self) -> str:
+        return self.choices.base_name or self.source.id
+
+
+def check(choices: Choices) -> Checked:
+    """Find and read everything small. Raises UsageError, NotFound, BadData ... before anything slow begins."""
+    access = Access.from_file(choices.keys_file) if choices.keys_file is not None else Access()
+    if access.is_open and not choices.insecure and not _is_loopback(choices.host):
+        raise UsageError(
+            f"--host {choices.host} would let everybody who can reach this machine use it",
+            hint="give --api-keys FILE, or --insecure if something in front checks who asks",
+        )
+    source = resolve_base(choices.base)
+    local = {
+        name: Found(name=name, digest=folder_digest(folder), folder=folder) for name, folder in choices.adapters.items()
+    }
+    fingerprint = identify_base(source.folder, base_id=source.id).fingerprint
+    return Checked(choices=choices, source=source, fingerprint=fingerprint, access=access, local=local)
+
+
+def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts: Prompts) -> Serving:
+    """Build a server around an engine; `make_engine` is called in the engine's own thread."""
+    choices = checked.choices
+    hub = None
+    if choices.hub_url is not None:
+        folder = choices.cache_folder or cache_folder() / "adapters"
+        cache = AdapterCache(folder, max_bytes=choices.cache_bytes)
+        hub = HubReader(choices.hub_url, token=choices.hub_token, cache=cache)
+    metrics = ServerMetrics(max_adapter_labels=choices.max_adapter_labels)
+    settings = ServingSettings(
+        base_name=checked.base_name,
+        base_fingerprint=checked.fingerprint,
+        quantization=choices.quantization,
+        drain_timeout_s=choices.drain_timeout_s,
+        drain_grace_s=choices.drain_grace_s,
+    )
+    return Serving(
+        settings=settings,
+        bridge=Bridge(make_engine, on_step=metrics.saw_step),
+        source=AdapterSource(local=checked.local, hub=hub, base_fingerprint=checked.fingerprint),
+        prompts=prompts,
+        metrics=metrics,
+        access=checked.access,
+    )
+
+
+def load(checked: Checked) -> Serving:
+    """Load the base and put the real engine around it; takes seconds to minutes."""
+    from loractl.server.engine.base_model import load_base
+    from loractl.server.engine.engine import Engine
+
+    choices = checked.choices
+    base = load_base(
+        checked.source.folder, quantization=choices.quantization, dtype=choices.dtype, base_id=checked.source.id
+    )
+    return assemble(checked, make_engine=lambda: Engine(base, choices.engine), prompts=Prompts(base.tokenizer))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,211 @@
+"""The routes that generate: chats and plain completions, whole or streamed. They translate; the engine decides."""
+
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from litestar import Request, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.response.base import ASGIResponse
+from litestar.types import ASGIApp
+
+from loractl.adapters.errors import BadRequest, LoractlError, UsageError
+from loractl.server.generation import (
+    MAX_PROMPTS,
+    Asked,
+    ServedAdapter,
+    chat_sampling,
+    completion_sampling,
+    refuse_unsupported,
+)
+from loractl.server.http_input import read_body
+from loractl.server.openai_errors import decode_body
+from loractl.server.openai_wire import MAX_CHOICES, ChatRequest, Common, CompletionRequest
+from loractl.server.replies import ChatWriter, Frame, TextWriter, Writer, streamed_answer, whole_answer
+from loractl.server.serving import Serving
+from loractl.server.stream import ClientGone, EventStream, SlowReader, unless_gone
+from loractl.server.watch import Watch
+
+_REASONS = {
+    "model_not_found": "adapter_not_found",
+    "OVERLOADED": "queue_full",
+    "CONTEXT_LENGTH_EXCEEDED": "too_long",
+    "REPO_NOT_FOUND": "adapter_not_found",
+    "REVISION_NOT_FOUND": "adapter_not_found",
+    "UNREACHABLE": "hub_down",
+    "BASE_MISMATCH": "adapter_invalid",
+    "ADAPTER_INVALID": "adapter_invalid",
+}
+
+
+def completion_routes(serving: Serving) -> Sequence[HTTPRouteHandler]:
+    """The two handlers, bound to one server."""
+
+    @post("/v1/chat/completions", status_code=200)
+    async def chat(request: Request[Any, Any, Any]) -> ASGIApp:
+        return await _Generation(serving, request).answer_chat()
+
+    @post("/v1/completions", status_code=200)
+    async def complete(request: Request[Any, Any, Any]) -> ASGIApp:
+        return await _Generation(serving, request).answer_completion()
+
+    return [chat, complete]
+
+
+class _Generation:
+    """One HTTP request that generates, from its body to its answer."""
+
+    def __init__(self, serving: Serving, request: Request[Any, Any, Any]) -> None:
+        self._serving = serving
+        self._request = request
+        self._key = serving.access.check(request.headers.get("authorization"))
+
+    async def answer_chat(self) -> ASGIApp:
+        serving = self._serving
+        body = decode_body(await read_body(self._request, serving.settings), ChatRequest)
+        self._check(body)
+        with self._counted():
+            adapters = await serving.adapters_of(body)
+            prompt = await serving.prompts.from_chat(
+                body.messages,
+                tools=body.tools or (),
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+            )
+            sampling = chat_sampling(body, num_prompt_tokens=len(prompt), limits=serving.limits)
+            asked = self._asked(body, sampling, adapters)
+            frame = self._frame(body, asked, "chatcmpl", with_logprobs=bool(body.logprobs))
+            return await self._answer(body, asked, [prompt], frame, ChatWriter())
+
+    async def answer_completion(self) -> ASGIApp:
+        serving = self._serving
+        body = decode_body(await read_body(self._request, serving.settings), CompletionRequest)
+        self._check(body)
+        with self._counted():
+            adapters = await serving.adapters_of(body)
+            prompts = await self._prompts(body)
+            longest = max(len(prompt) for prompt in prompts)
+            sampling = completion_sampling(body, num_prompt_tokens=longest, limits=serving.limits)
+            asked = self._asked(body, sampling, adapters)
+            echo: tuple[tuple[str, int], ...] = ()
+            if body.echo:
+                echo = tuple([(await serving.prompts.to_text(prompt), prompt[0]) for prompt in prompts])
+            frame = self._frame(body, asked, "cmpl", with_logprobs=body.logprobs is not None, echo=echo)
+            return await self._answer(body, asked, prompts, frame, TextWriter())
+
+    def _check(self, body: Common) -> None:
+        self._serving.check_open()
+        refuse_unsupported(body)
+        if body.stream_options is not None and not body.stream:
+            raise BadRequest("stream_options needs stream", hint="set stream to true", field="stream_options")
+
+    async def _prompts(self, body: CompletionRequest) -> list[tuple[int, ...]]:
+        """Tokenize a text, several texts, token ids, or several lists of them."""
+        prompts = self._serving.prompts
+        given: list[Any] = [body.prompt] if isinstance(body.prompt, str) else list(body.prompt)
+        if given and all(isinstance(item, int) for item in given):
+            given = [given]
+        if not given or any(item in ("", []) for item in given):
+            raise BadRequest("the prompt is empty", field="prompt")
+        if len(given) * (body.n or 1) > MAX_PROMPTS * MAX_CHOICES or len(given) > MAX_PROMPTS:
+            raise BadRequest(f"at most {MAX_PROMPTS} prompts in one request", field="prompt")
+        tokenized: list[tuple[int, ...]] = []
+        for item in given:
+            if isinstance(item, str):
+                tokenized.append(await prompts.from_text(item))
+            elif isinstance(item, list):
+                prompts.check_ids(item, field="prompt")
+                tokenized.append(tuple(item))
+            else:
+                raise BadRequest("prompt mixes texts and token ids", field="prompt")
+        return tokenized
+
+    def _asked(self, body: Common, sampling: Any, adapters: tuple[ServedAdapter, ...]) -> Asked:
+        return Asked(
+            sampling=sampling,
+            num_choices=body.n or 1,
+            adapters=adapters,
+            caller=self._serving.caller(self._key),
+            priority=body.priority,
+            deadline_s=self._serving.deadline_s(),
+        )
+
+    def _frame(
+        self, body: Common, asked: Asked, prefix: str, *, with_logprobs: bool, echo: tuple[tuple[str, int], ...] = ()
+    ) -> Frame:
+        return Frame(
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            model=body.model,
+            prompts=self._serving.prompts,
+            num_choices=asked.num_choices,
+            with_logprobs=with_logprobs,
+            include_usage=bool(body.stream_options and body.stream_options.include_usage),
+            echo=echo,
+            with_prompt_logprobs=body.prompt_logprobs is not None,
+        )
+
+    async def _answer(
+        self, body: Common, asked: Asked, prompts: list[tuple[int, ...]], frame: Frame, writer: Writer
+    ) -> ASGIApp:
+        serving, receive = self._serving, self._request.receive
+        ids = [serving.bridge.new_id() for _ in range(len(prompts) * asked.num_choices)]
+        watch = serving.open(asked.submits(prompts, ids), adapters=asked.adapters, is_stream=bool(body.stream))
+        headers = {"x-loractl-adapter": "+".join(each.found.digest for each in asked.adapters) or "base"}
+        try:
+            if not body.stream:
+                content = await unless_gone(receive, whole_answer(watch, frame, writer))
+                return _ready_made(content, headers)
+            chunks = streamed_answer(watch, frame, writer)
+            # Until the first token, a failure is still an HTTP status.
+            first = await unless_gone(receive, anext(chunks))
+        except ClientGone:
+            self._left(watch)
+            return _ready_made(b"", {}, status=499)
+        except BaseException:
+            serving.bridge.cancel(watch.ticket)
+            raise
+        serving.num_requests += 1
+        return EventStream(
+            _chained(first, chunks),
+            headers=headers,
+            on_close=lambda error: self._stream_closed(watch, error),
+            write_timeout_s=serving.settings.write_timeout_s,
+        )
+
+    def _stream_closed(self, watch: Watch, error: BaseException | None) -> None:
+        self._serving.num_requests -= 1
+        if isinstance(error, SlowReader):
+            self._serving.metrics.slow_readers.inc()
+        if isinstance(error, ClientGone):
+            self._left(watch)
+        elif not watch.ticket.is_ended:
+            self._serving.bridge.cancel(watch.ticket)
+
+    def _left(self, watch: Watch) -> None:
+        self._serving.metrics.disconnects.labels(watch.stage).inc()
+        self._serving.bridge.cancel(watch.ticket)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Any:
+        serving = self._serving
+        serving.num_requests += 1
+        try:
+            yield
+        except LoractlError as error:
+            if isinstance(error, UsageError) and error.code == "BAD_REQUEST":
+                raise
+            serving.metrics.rejected.labels(_REASONS.get(error.code, error.code.lower())).inc()
+            raise
+        finally:
+            serving.num_requests -= 1
+
+
+async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk
+
+
+def _ready_made(content: bytes, headers: dict[str, str], *, status: int = 200) -> ASGIApp:
+    return ASGIResponse(body=content, status_code=status, media_type="application/json", headers=headers)

@@ -1,0 +1,157 @@
+"""The parts of one running server, held together, and its own life: ready, draining, gone. No HTTP here."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loractl.adapters.errors import Draining, NotFound
+from loractl.adapters.reference import Digest
+from loractl.server.access import Access, Key
+from loractl.server.bridge import Bridge
+from loractl.server.engine.messages import Submit
+from loractl.server.fetch import AdapterSource
+from loractl.server.generation import Caller, Limits, ServedAdapter
+from loractl.server.metrics import ServerMetrics, Snapshot
+from loractl.server.openai_wire import Common
+from loractl.server.prompts import Prompts
+from loractl.server.watch import Watch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingSettings:
+    """What an operator decides about the HTTP side; the engine's own settings are `EngineSettings`."""
+
+    base_name: str
+    """Under which the bare base is asked for."""
+    base_fingerprint: str
+    quantization: str = "none"
+    max_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+    max_body_bytes: int = 4 << 20
+    body_timeout_s: float = 30.0
+    request_timeout_s: float | None = 600.0
+    """A request that has not started by then fails."""
+    write_timeout_s: float = 30.0
+    """A reader that takes no chunk for this long is cut off."""
+    drain_timeout_s: float = 300.0
+    drain_grace_s: float = 0.0
+    """How long a draining server still answers 503 before the listener closes, for balancers to notice."""
+
+
+class Serving:
+    """One server without its HTTP: everything that routes need."""
+
+    def __init__(
+        self,
+        *,
+        settings: ServingSettings,
+        bridge: Bridge,
+        source: AdapterSource,
+        prompts: Prompts,
+        metrics: ServerMetrics,
+        access: Access | None = None,
+    ) -> None:
+        self.settings = settings
+        self.bridge = bridge
+        self.source = source
+        self.prompts = prompts
+        self.metrics = metrics
+        self.access = access or Access()
+        self.started_at = int(time.time())
+        self.is_draining = False
+        self.num_requests = 0
+        """HTTP requests that generate now."""
+
+    @property
+    def is_ready(self) -> bool:
+        return self.bridge.is_ready and not self.is_draining
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            max_model_len=self.bridge.engine.max_model_len,
+            max_tokens=self.settings.max_tokens,
+            max_prompt_tokens=self.settings.max_prompt_tokens,
+            vocab_size=self.prompts.vocab_size,
+        )
+
+    def check_open(self) -> None:
+        """Raise Draining when this server takes no new requests."""
+        if self.is_draining:
+            self.metrics.rejected.labels("draining").inc()
+            raise Draining("this server is shutting down", hint="another replica will answer", retry_after_s=5)
+
+    async def adapters_of(self, request: Common) -> tuple[ServedAdapter, ...]:
+        """The adapters that a request names, on the local disk, and on their way to the device."""
+        if request.adapters is not None:
+            named = [(each.name, each.weight) for each in request.adapters]
+            found = [ServedAdapter(found=await self.source.find(name), weight=weight) for name, weight in named]
+        elif request.model == self.settings.base_name:
+            return ()
+        else:
+            found = [ServedAdapter(found=await self.source.find(request.model))]
+        for adapter in found:
+            self.metrics.name_adapter(adapter.found.digest, adapter.found.name)
+            self.bridge.engine.prefetch(adapter.use)
+        return tuple(found)
+
+    def caller(self, key: Key) -> Caller:
+        return Caller(tenant=key.tenant, weight=key.weight, max_priority=100 if key.is_admin else 0)
+
+    def deadline_s(self) -> float | None:
+        timeout_s = self.settings.request_timeout_s
+        return None if timeout_s is None else time.monotonic() + timeout_s
+
+    def open(self, submits: Sequence[Submit], *, adapters: Sequence[ServedAdapter], is_stream: bool) -> Watch:
+        """Queue the sequences and watch them for the metrics."""
+        ticket = self.bridge.open(submits)
+        names = [adapter.found.name for adapter in adapters] or [self.settings.base_name]
+        return Watch(ticket, self.metrics, adapters=names, is_stream=is_stream)
+
+    def digest_of(self, name: str) -> Digest:
+        """The digest that a name was last used with; raises NotFound."""
+        for digest, known in reversed(self.metrics.names.items()):
+            if name in {known, digest}:
+                return digest
+        raise NotFound(f"no adapter {name[:200]!r} has been used here", field="name")
+
+    def snapshot(self) -> Snapshot:
+        """One moment of everything that metrics show."""
+        bridge, settings = self.bridge, self.settings
+        stats = bridge.engine.stats()
+        hub_is_up = self.source.hub_is_up
+        gauges = [
+            ("ready", "1 when a request would be served.", float(self.is_ready)),
+            ("draining", "1 when the server finishes and takes nothing new.", float(self.is_draining)),
+            ("engine_up", "1 when the engine steps.", float(bridge.is_ready)),
+            ("open_streams", "Requests that generate now.", float(self.num_requests)),
+            ("engine_last_step_timestamp_seconds", "When the last step ended.", bridge.last_step_at or 0.0),
+        ]
+        if hub_is_up is not None:
+            gauges.append(("hub_up", "1 while the hub answers.", float(hub_is_up)))
+        counters = [
+            ("engine_restarts", "Engines built anew after a failure.", float(bridge.num_restarts)),
+            ("watchdog_stalls", "Steps that ran too long.", float(bridge.num_hangs)),
+            ("adapter_label_overflow", "Uses counted as other.", float(self.metrics.labels.num_overflows)),
+        ]
+        config = {
+            "base_model": settings.base_name,
+            "quant": settings.quantization,
+            "max_model_len": str(bridge.engine.max_model_len),
+            "gpu_slots": str(stats.num_slots),
+            "max_rank": str(stats.max_rank),
+        }
+        return Snapshot(stats=stats, names=self.metrics.names, config=config, gauges=gauges, counters=counters)
+
+    async def drain(self) -> None:
+        """Take nothing new; return when what runs has ended, or the timeout has, with the rest cut off by an error."""
+        self.is_draining = True
+        deadline = time.monotonic() + self.settings.drain_timeout_s
+        grace_until = time.monotonic() + self.settings.drain_grace_s
+        while time.monotonic() < deadline:
+            if not (self.num_requests or self.bridge.num_open) and time.monotonic() >= grace_until:
+                return
+            await asyncio.sleep(0.02)
+        self.bridge.fail_all(Draining("the server shut down before this answer was complete", retry_after_s=5))
+        await asyncio.sleep(0.2)

@@ -1,0 +1,72 @@
+"""Watches one request's events on their way to its client, for the metrics. Changes nothing."""
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+from loractl.server.bridge import Ticket
+from loractl.server.engine.messages import Event, Failed, Finished, RequestId, Token
+from loractl.server.metrics import ServerMetrics
+
+
+class Watch:
+    """A ticket whose events are timed and counted as they pass."""
+
+    def __init__(self, ticket: Ticket, metrics: ServerMetrics, *, adapters: Sequence[str], is_stream: bool) -> None:
+        self.ticket = ticket
+        self.ids: tuple[RequestId, ...] = ticket.ids
+        self.index: Mapping[RequestId, int] = ticket.index
+        self._metrics = metrics
+        self._adapters = [metrics.labels.label(name) for name in adapters]
+        self._mode = "true" if is_stream else "false"
+        self._started = time.monotonic()
+        self._last: dict[RequestId, float] = {}
+        self._ttft = metrics.ttft.labels(self._mode)
+        self._itl = metrics.itl.labels(self._mode)
+        for name in self._adapters:
+            metrics.adapter_requests.labels(name).inc()
+
+    async def events(self) -> AsyncIterator[list[Event]]:
+        async for batch in self.ticket.events():
+            now = time.monotonic()
+            for event in batch:
+                if isinstance(event, Token):
+                    self._saw_token(event, now)
+                elif isinstance(event, Finished):
+                    self._saw_end(event)
+                else:
+                    self._saw_failure(event)
+            yield batch
+        self._metrics.e2e.labels(self._mode).observe(time.monotonic() - self._started)
+
+    @property
+    def stage(self) -> str:
+        """How far the request has come: queued or decode."""
+        return "decode" if self._last else "queued"
+
+    def _saw_token(self, token: Token, now: float) -> None:
+        before = self._last.get(token.id)
+        if before is None:
+            self._ttft.observe(now - self._started)
+        else:
+            self._itl.observe(now - before)
+        self._last[token.id] = now
+
+    def _saw_end(self, end: Finished) -> None:
+        metrics, timing = self._metrics, end.timing
+        metrics.finished.labels("abort" if end.reason == "cancelled" else end.reason).inc()
+        metrics.prompt_tokens.inc(end.num_prompt_tokens)
+        metrics.generated_tokens.inc(end.num_output_tokens)
+        metrics.request_prompt_tokens.observe(end.num_prompt_tokens)
+        metrics.request_output_tokens.observe(end.num_output_tokens)
+        metrics.queue.observe(timing.queued_s)
+        metrics.adapter_wait.observe(timing.adapter_wait_s)
+        metrics.prefill.observe(timing.prefill_s)
+        metrics.decode.observe(timing.decode_s)
+        for name in self._adapters:
+            metrics.adapter_tokens.labels(name, "prompt").inc(end.num_prompt_tokens)
+            metrics.adapter_tokens.labels(name, "generation").inc(end.num_output_tokens)
+
+    def _saw_failure(self, failure: Failed) -> None:
+        self._metrics.finished.labels("error").inc()
+        for name in self._adapters:
+            self._metrics.adapter_errors.labels(name, failure.error.code.lower()).inc()
