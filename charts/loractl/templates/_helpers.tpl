@@ -77,9 +77,8 @@ annotations:
 {{/* A Kubernetes quantity as a number of bytes. */}}
 {{- define "loractl.bytes" -}}
 {{- $digits := regexFind "^[0-9]+" (toString .) -}}
-{{- $unit := trimPrefix $digits (toString .) -}}
-{{- $factors := dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 -}}
-{{- mul (int64 $digits) (ternary 1 (get $factors $unit) (eq $unit "")) -}}
+{{- $factors := dict "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- mul (int64 $digits) (get $factors (trimPrefix $digits (toString .))) -}}
 {{- end -}}
 
 {{/* What is written while old files are still there needs room beyond the cache's own limit. */}}

@@ -8,8 +8,6 @@
 {{- with .Values.hub.blobs.url }}
 - --blobs={{ . }}
 {{- end }}
-- --drain-timeout={{ .Values.hub.drain.timeoutSeconds }}
-- --metrics-port=9090
 {{- range .Values.hub.extraArgs }}
 - {{ . | quote }}
 {{- end }}
@@ -23,9 +21,18 @@
 {{- define "loractl.hub.env" -}}
 - name: HOME
   value: /tmp
+- name: LORACTL_HUB_ANONYMOUS_READ
+  value: {{ .Values.hub.auth.anonymousRead | quote }}
+{{- with .Values.hub.publicUrl }}
+- name: LORACTL_HUB_PUBLIC_URL
+  value: {{ . }}
+{{- end }}
 {{- if .Values.hub.database.urlSecret.name }}
-- name: LORACTL_HUB_DATABASE_URL_FILE
-  value: /run/secrets/loractl/database-url
+- name: LORACTL_HUB_DATABASE_URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ .Values.hub.database.urlSecret.name }}
+      key: {{ .Values.hub.database.urlSecret.key }}
 {{- end }}
 {{- with .Values.hub.blobs }}
 {{- if .url }}
@@ -36,8 +43,16 @@
   value: {{ . }}
 {{- end }}
 {{- if .credentialsSecret.name }}
-- name: AWS_SHARED_CREDENTIALS_FILE
-  value: /run/secrets/loractl/s3-credentials
+- name: AWS_ACCESS_KEY_ID
+  valueFrom:
+    secretKeyRef:
+      name: {{ .credentialsSecret.name }}
+      key: {{ .credentialsSecret.accessKeyIdKey }}
+- name: AWS_SECRET_ACCESS_KEY
+  valueFrom:
+    secretKeyRef:
+      name: {{ .credentialsSecret.name }}
+      key: {{ .credentialsSecret.secretAccessKeyKey }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -46,18 +61,9 @@
 {{- end }}
 {{- end -}}
 
-{{- define "loractl.hub.hasSecrets" -}}
-{{- if or .Values.hub.database.urlSecret.name .Values.hub.auth.bootstrapTokenSecret.name (and .Values.hub.blobs.url .Values.hub.blobs.credentialsSecret.name) -}}yes{{- end -}}
-{{- end -}}
-
 {{- define "loractl.hub.mounts" -}}
 - name: tmp
   mountPath: /tmp
-{{- if include "loractl.hub.hasSecrets" . }}
-- name: secrets
-  mountPath: /run/secrets/loractl
-  readOnly: true
-{{- end }}
 {{- with .Values.hub.extraVolumeMounts }}
 {{ toYaml . }}
 {{- end }}
@@ -67,41 +73,6 @@
 - name: tmp
   emptyDir:
     sizeLimit: {{ .Values.hub.tmpSize }}
-{{- if include "loractl.hub.hasSecrets" . }}
-- name: secrets
-  projected:
-    defaultMode: 0440
-    sources:
-      {{- with .Values.hub.database.urlSecret }}
-      {{- if .name }}
-      - secret:
-          name: {{ .name }}
-          items:
-            - key: {{ .key }}
-              path: database-url
-      {{- end }}
-      {{- end }}
-      {{- with .Values.hub.auth.bootstrapTokenSecret }}
-      {{- if .name }}
-      - secret:
-          name: {{ .name }}
-          items:
-            - key: {{ .key }}
-              path: bootstrap-token
-      {{- end }}
-      {{- end }}
-      {{- with .Values.hub.blobs }}
-      {{- if and .url .credentialsSecret.name }}
-      - secret:
-          name: {{ .credentialsSecret.name }}
-          items:
-            - key: {{ .credentialsSecret.accessKeyIdKey }}
-              path: s3-access-key-id
-            - key: {{ .credentialsSecret.secretAccessKeyKey }}
-              path: s3-secret-access-key
-      {{- end }}
-      {{- end }}
-{{- end }}
 {{- with .Values.hub.extraVolumes }}
 {{ toYaml . }}
 {{- end }}

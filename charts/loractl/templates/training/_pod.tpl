@@ -17,8 +17,11 @@ env:
     value: {{ . }}
   {{- end }}
   {{- if $training.tokenSecret.name }}
-  - name: LORACTL_TOKEN_FILE
-    value: /run/secrets/loractl/hub-token
+  - name: LORACTL_TOKEN
+    valueFrom:
+      secretKeyRef:
+        name: {{ $training.tokenSecret.name }}
+        key: {{ $training.tokenSecret.key }}
   {{- end }}
   {{- with $training.extraEnv }}
   {{- toYaml . | nindent 2 }}
@@ -41,11 +44,6 @@ volumeMounts:
   {{- if $training.data.existingClaim }}
   - name: data
     mountPath: /data
-    readOnly: true
-  {{- end }}
-  {{- if $training.tokenSecret.name }}
-  - name: secrets
-    mountPath: /run/secrets/loractl
     readOnly: true
   {{- end }}
 {{- end -}}
@@ -95,19 +93,6 @@ volumes:
     persistentVolumeClaim:
       claimName: {{ . }}
       readOnly: true
-  {{- end }}
-  {{- with $training.tokenSecret }}
-  {{- if .name }}
-  - name: secrets
-    projected:
-      defaultMode: 0440
-      sources:
-        - secret:
-            name: {{ .name }}
-            items:
-              - key: {{ .key }}
-                path: hub-token
-  {{- end }}
   {{- end }}
 {{- end -}}
 
