@@ -179,7 +179,7 @@ class AdapterSource:
         if known is not None and age_s <= self._limits.usable_s:
             self._start(ref, lambda: self._ask(ref))
             return known.resolved
-        if known is None:
+        if known is None and ref not in self._flights:
             self._take_lookup()
         try:
             wait_s = self._limits.resolve_timeout_s if known is None else self._limits.stale_wait_s

@@ -1,0 +1,180 @@
+"""Names become folders once, soon, and also while the hub is away."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loractl.adapters.errors import BaseMismatch, Overloaded, RepoNotFound, Unreachable
+from loractl.adapters.reference import AdapterRef, Digest
+from loractl.hub.client import ResolvedAdapter
+from loractl.server.fetch import AdapterSource, FetchLimits
+
+BASE = "sha256:" + "b" * 64
+
+
+class FakeHub:
+    """A hub in memory: repos by name, a switch for its absence, and a count of what it was asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.digests: dict[str, str] = {"team/a": "1", "team/b": "2"}
+        self.fingerprint: str | None = BASE
+        self.is_down = False
+        self.delay_s = 0.0
+        self.resolves: list[AdapterRef] = []
+        self.fetches: list[Digest] = []
+
+    def resolve(self, ref: AdapterRef) -> ResolvedAdapter:
+        self.resolves.append(ref)
+        time.sleep(self.delay_s)
+        if self.is_down:
+            raise Unreachable("the hub is away")
+        if ref.repo_id not in self.digests:
+            raise RepoNotFound(f"no {ref}")
+        return ResolvedAdapter(
+            repo_id=ref.repo_id,
+            revision=ref.revision,
+            commit="0" * 40,
+            digest=Digest("sha256:" + self.digests[ref.repo_id] * 64),
+            version="v1",
+            base_id="tiny",
+            base_fingerprint=self.fingerprint,
+            rank=4,
+            size_bytes=1,
+        )
+
+    def fetch(self, resolved: ResolvedAdapter) -> tuple[Path, bool]:
+        if self.is_down:
+            raise Unreachable("the hub is away")
+        self.fetches.append(resolved.digest)
+        time.sleep(0.02)
+        folder = self.folder / resolved.digest[7:]
+        folder.mkdir(exist_ok=True)
+        return folder, False
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> FakeHub:
+    return FakeHub(tmp_path)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def source(hub: FakeHub, clock: Clock) -> Any:
+    source = AdapterSource(local={}, hub=hub, base_fingerprint=BASE, clock=clock)
+    yield source
+    await source.close()
+
+
+async def test_herd_for_one_cold_adapter_makes_one_lookup_and_one_download(source: AdapterSource, hub: FakeHub) -> None:
+    found = await asyncio.gather(*(source.find("team/a@prod") for _ in range(500)))
+    assert len(hub.resolves) == len(hub.fetches) == 1
+    assert len({each.digest for each in found}) == 1
+
+
+async def test_moved_channel_is_seen_within_two_seconds(source: AdapterSource, hub: FakeHub, clock: Clock) -> None:
+    before = await source.find("team/a@prod")
+    hub.digests["team/a"] = "9"
+    assert (await source.find("team/a@prod")).digest == before.digest
+    clock.now += 2.0
+    after = await source.find("team/a@prod")
+    assert after.digest == "sha256:" + "9" * 64
+    assert before.folder.is_dir()
+
+
+async def test_known_adapter_keeps_serving_while_the_hub_is_down(
+    source: AdapterSource, hub: FakeHub, clock: Clock
+) -> None:
+    before = await source.find("team/a")
+    hub.is_down = True
+    for _ in range(10):
+        clock.now += 60
+        assert (await source.find("team/a")).digest == before.digest
+    assert source.hub_is_up is False
+    with pytest.raises(Unreachable) as caught:
+        await source.find("team/b")
+    assert caught.value.retry_after_s
+    hub.is_down = False
+    clock.now += 10
+    assert (await source.find("team/b")).digest
+    assert source.hub_is_up is True
+
+
+async def test_open_breaker_answers_without_asking(source: AdapterSource, hub: FakeHub) -> None:
+    hub.is_down = True
+    for _ in range(20):
+        with pytest.raises(Unreachable):
+            await source.find("team/b")
+    assert len(hub.resolves) == 3
+
+
+async def test_silent_hub_is_a_503_before_long(hub: FakeHub) -> None:
+    hub.delay_s = 0.5
+    limits = FetchLimits(resolve_timeout_s=0.05)
+    source = AdapterSource(local={}, hub=hub, base_fingerprint=BASE, limits=limits)
+    with pytest.raises(Unreachable):
+        await source.find("team/a")
+    await source.close()
+
+
+async def test_unknown_name_is_asked_once_and_forgotten_in_time(
+    source: AdapterSource, hub: FakeHub, clock: Clock
+) -> None:
+    for _ in range(5):
+        with pytest.raises(RepoNotFound):
+            await source.find("team/new")
+    assert len(hub.resolves) == 1
+    hub.digests["team/new"] = "3"
+    clock.now += 11
+    assert (await source.find("team/new")).digest
+
+
+async def test_memory_of_unknown_names_is_bounded(hub: FakeHub, clock: Clock) -> None:
+    limits = FetchLimits(max_negative=50, max_lookups_per_s=1e9)
+    source = AdapterSource(local={}, hub=hub, base_fingerprint=BASE, limits=limits, clock=clock)
+    for number in range(200):
+        with pytest.raises(RepoNotFound):
+            await source.find(f"team/x{number}")
+    assert len(source._missing) == 50
+    await source.close()
+
+
+async def test_flood_of_new_names_is_held_from_the_hub(source: AdapterSource, hub: FakeHub) -> None:
+    refusals: list[type[Exception]] = []
+    for number in range(150):
+        try:
+            await source.find(f"team/x{number}")
+        except (RepoNotFound, Overloaded) as error:
+            refusals.append(type(error))
+    assert refusals.count(Overloaded) == 50
+    assert len(hub.resolves) == 100
+
+
+async def test_adapter_of_another_base_is_refused(source: AdapterSource, hub: FakeHub) -> None:
+    hub.fingerprint = "sha256:" + "0" * 64
+    with pytest.raises(BaseMismatch) as caught:
+        await source.find("team/a")
+    assert (caught.value.status, caught.value.field) == (422, "model")
+    assert not hub.fetches
+
+
+@pytest.mark.parametrize("name", ["gpt-4", "../etc/passwd", "http://x/y", "team/a@../b", "a/b/c", "team/\x00"])
+async def test_name_that_is_no_reference_never_reaches_the_hub(source: AdapterSource, hub: FakeHub, name: str) -> None:
+    with pytest.raises(RepoNotFound):
+        await source.find(name)
+    assert not hub.resolves

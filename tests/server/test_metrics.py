@@ -1,0 +1,96 @@
+"""What operators see is true, bounded and well formed."""
+
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from loractl.adapters.reference import Digest
+from loractl.server.engine.stats import EngineStats, SlotStats, StepRecord
+from loractl.server.metrics import OTHER, AdapterLabels, EngineCollector, ServerMetrics, Snapshot, routing_page
+
+
+async def _samples(live: Any) -> dict[str, float]:
+    page = (await live.http.get("/metrics")).text
+    return {
+        sample.name + "".join(f"[{key}={value}]" for key, value in sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
+
+
+async def test_page_counts_what_was_served(live: Any) -> None:
+    for model in ("tiny", "cats"):
+        await live.openai.completions.create(model=model, prompt="a fox", max_tokens=5)
+    await live.http.post("/v1/completions", json={"model": "nobody", "prompt": "x"})
+    samples = await _samples(live)
+    prefix = "loractl_server_"
+    assert samples[f"{prefix}requests_total[code=200][endpoint=/v1/completions]"] == 2
+    assert samples[f"{prefix}requests_total[code=404][endpoint=/v1/completions]"] == 1
+    assert samples[f"{prefix}requests_rejected_total[reason=adapter_not_found]"] == 1
+    assert samples[f"{prefix}generation_tokens_total"] == 10
+    assert samples[f"{prefix}requests_finished_total[finish_reason=length]"] == 2
+    assert samples[f"{prefix}adapter_requests_total[adapter=cats]"] == 1
+    assert samples[f"{prefix}adapter_resident[adapter=cats][level=gpu]"] == 1
+    assert samples[f"{prefix}time_to_first_token_seconds_count[stream=false]"] == 2
+    assert samples[f"{prefix}batch_distinct_adapters_max"] == 1
+    assert samples[f"{prefix}ready"] == 1
+
+
+async def test_no_histogram_has_an_adapter_label(live: Any) -> None:
+    await live.openai.completions.create(model="cats", prompt="a fox", max_tokens=5)
+    page = (await live.http.get("/metrics")).text
+    for family in text_string_to_metric_families(page):
+        if family.type == "histogram":
+            assert not any("adapter" in sample.labels for sample in family.samples)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Debian's prometheus")
+async def test_promtool_finds_nothing_to_say(live: Any) -> None:
+    await live.openai.completions.create(model="cats", prompt="a fox", max_tokens=5)
+    page = (await live.http.get("/metrics")).content
+    checked = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True, check=False)
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
+
+
+async def test_routing_page_is_lean_and_tells_what_is_resident(live: Any) -> None:
+    await live.openai.completions.create(model="cats", prompt="a fox", max_tokens=2)
+    page = (await live.http.get("/metrics/routing")).text
+    assert len(page) < 2000
+    samples = {sample.name: sample for family in text_string_to_metric_families(page) for sample in family.samples}
+    labels = samples["loractl_server_lora_requests_info"].labels
+    assert labels == {"max_lora": "8", "running_lora_adapters": "cats", "waiting_lora_adapters": ""}
+
+
+def test_page_of_five_hundred_adapters_stays_small() -> None:
+    metrics = ServerMetrics()
+    digests = [Digest(f"sha256:{number:064x}") for number in range(500)]
+    slots = tuple(SlotStats(digest=digest, rank=8, pinned=False, num_running=0) for digest in digests)
+    names = {digest: f"team/adapter-{number}@prod" for number, digest in enumerate(digests)}
+    for name in names.values():
+        label = metrics.labels.label(name)
+        metrics.adapter_requests.labels(label).inc()
+        metrics.adapter_tokens.labels(label, "prompt").inc()
+        metrics.adapter_tokens.labels(label, "generation").inc()
+    metrics.saw_step(
+        StepRecord(seconds=0.1, num_tokens=9, num_prefill_tokens=4, num_requests=3, num_distinct_adapters=2)
+    )
+    snapshot = Snapshot(stats=EngineStats(slots=slots, num_slots=500), names=names, config={})
+    metrics.registry.register(EngineCollector(lambda: snapshot))
+    assert len(metrics.page()) < 500_000
+    assert metrics.labels.num_overflows == 300
+    assert routing_page(snapshot).count("\n") == 10
+
+
+def test_label_of_an_idle_adapter_makes_room() -> None:
+    now = [0.0]
+    labels = AdapterLabels(2, idle_s=60, clock=lambda: now[0])
+    dropped: list[str] = []
+    labels.on_drop(dropped.append)
+    assert [labels.label(name) for name in ("a", "b", "c")] == ["a", "b", OTHER]
+    now[0] = 100.0
+    assert labels.label("b") == "b"
+    assert labels.label("c") == "c"
+    assert dropped == ["a"]
