@@ -10,14 +10,14 @@ SIGNED      who holds an address or session token that the hub signed for exactl
 """
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import unquote
 
 from litestar import Request
 from litestar.connection import ASGIConnection
-from litestar.di import Provide
+from litestar.di import NamedDependency, Provide
 from litestar.handlers import BaseRouteHandler
-from litestar.params import Dependency
+from litestar.params import SkipValidation
 
 from loractl.adapters.errors import NotAllowed, Unauthenticated
 from loractl.hub.actor import Actor, Right
@@ -47,9 +47,9 @@ _RIGHTS: dict[Policy, Right] = {
     Policy.ADMIN: "admin",
 }
 
-HubDep = Annotated[Hub, Dependency(skip_validation=True)]
-ActorDep = Annotated[Actor, Dependency(skip_validation=True)]
-RepoDep = Annotated[Repo, Dependency(skip_validation=True)]
+HubDep = NamedDependency[SkipValidation[Hub]]
+ActorDep = NamedDependency[SkipValidation[Actor]]
+RepoDep = NamedDependency[SkipValidation[Repo]]
 
 
 async def authorise(connection: "ASGIConnection[Any, Any, Any, Any]", handler: BaseRouteHandler) -> None:

@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from litestar import get, post
-from litestar.params import Parameter
+from litestar.params import FromQuery, JSONBody, QueryParameter
 
 from loractl.adapters.errors import NotFound
 from loractl.adapters.reference import DEFAULT_REVISION
@@ -25,15 +25,15 @@ from loractl.hub.wire import (
 
 _ADAPTER = API_PREFIX + "/adapters/{namespace:str}/{name:str}"
 
-Limit = Annotated[int, Parameter(ge=1, le=MAX_PAGE)]
+Limit = Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)]
 
 
 @get(API_PREFIX + "/resolve", opt=policy(Policy.TOKEN))
 async def resolve(
     hub: HubDep,
     actor: ActorDep,
-    repo_id: Annotated[str, Parameter(query="repo")],
-    revision: str = DEFAULT_REVISION,
+    repo_id: Annotated[str, QueryParameter(name="repo")],
+    revision: FromQuery[str] = DEFAULT_REVISION,
 ) -> Resolved:
     """Make a revision exact."""
     repo = await hub.repos.find(repo_id, actor=actor)
@@ -44,13 +44,13 @@ async def resolve(
 async def list_adapters(
     hub: HubDep,
     actor: ActorDep,
-    base: str | None = None,
-    text: str | None = None,
-    task: str | None = None,
-    rank: int | None = None,
-    namespace: str | None = None,
+    base: FromQuery[str | None] = None,
+    text: FromQuery[str | None] = None,
+    task: FromQuery[str | None] = None,
+    rank: FromQuery[int | None] = None,
+    namespace: FromQuery[str | None] = None,
     limit: Limit = DEFAULT_PAGE,
-    cursor: str | None = None,
+    cursor: FromQuery[str | None] = None,
 ) -> AdapterPage:
     """List the adapters that this token may see, newest first."""
     wanted = Search(base=base, text=text, task=task, rank=rank, namespace=namespace, limit=limit, cursor=cursor)
@@ -59,13 +59,13 @@ async def list_adapters(
 
 
 @get(_ADAPTER, opt=policy(Policy.READ))
-async def show(hub: HubDep, repo: RepoDep, revision: str = DEFAULT_REVISION) -> AdapterDetail:
+async def show(hub: HubDep, repo: RepoDep, revision: FromQuery[str] = DEFAULT_REVISION) -> AdapterDetail:
     """Everything on one adapter."""
     return await hub.catalogue.detail(repo, revision)
 
 
 @get(_ADAPTER + "/validation", opt=policy(Policy.READ))
-async def validation(hub: HubDep, repo: RepoDep, revision: str = DEFAULT_REVISION) -> ValidationRecord:
+async def validation(hub: HubDep, repo: RepoDep, revision: FromQuery[str] = DEFAULT_REVISION) -> ValidationRecord:
     """What the checks said of a revision when it was pushed."""
     record = await hub.catalogue.validation(repo, revision)
     if record is None:
@@ -74,19 +74,21 @@ async def validation(hub: HubDep, repo: RepoDep, revision: str = DEFAULT_REVISIO
 
 
 @get(_ADAPTER + "/history", opt=policy(Policy.READ))
-async def history(hub: HubDep, repo: RepoDep, channel: str | None = None, limit: Limit = DEFAULT_PAGE) -> History:
+async def history(
+    hub: HubDep, repo: RepoDep, channel: FromQuery[str | None] = None, limit: Limit = DEFAULT_PAGE
+) -> History:
     """Who moved which channel, newest first."""
     return History(moves=await hub.channels.history(repo, channel, limit=limit))
 
 
 @post(_ADAPTER + "/promote", opt=policy(Policy.READ), status_code=200)
-async def promote(data: Promote, hub: HubDep, actor: ActorDep, repo: RepoDep) -> ChannelMove:
+async def promote(data: JSONBody[Promote], hub: HubDep, actor: ActorDep, repo: RepoDep) -> ChannelMove:
     """Move a channel to a revision."""
     return await hub.channels.promote(repo, data, actor=actor)
 
 
 @post(_ADAPTER + "/rollback", opt=policy(Policy.READ), status_code=200)
-async def rollback(data: Rollback, hub: HubDep, actor: ActorDep, repo: RepoDep) -> ChannelMove:
+async def rollback(data: JSONBody[Rollback], hub: HubDep, actor: ActorDep, repo: RepoDep) -> ChannelMove:
     """Move a channel back to where it was."""
     return await hub.channels.rollback(repo, data, actor=actor)
 

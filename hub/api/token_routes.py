@@ -1,6 +1,7 @@
 """Tokens, for admins of the whole hub. Translates only."""
 
 from litestar import delete, get, post
+from litestar.params import FromPath, JSONBody
 
 from loractl.hub.access import ActorDep, HubDep, Policy, policy
 from loractl.hub.wire import API_PREFIX, TokenCreate, TokenCreated, TokenList, TokenView
@@ -13,13 +14,13 @@ async def list_tokens(hub: HubDep) -> TokenList:
 
 
 @post(API_PREFIX + "/tokens", opt=policy(Policy.HUB_ADMIN), status_code=201)
-async def create_token(data: TokenCreate, hub: HubDep, actor: ActorDep) -> TokenCreated:
+async def create_token(data: JSONBody[TokenCreate], hub: HubDep, actor: ActorDep) -> TokenCreated:
     """Make a token; its secret is shown this once."""
     return await hub.tokens.create(data, actor=actor)
 
 
 @delete(API_PREFIX + "/tokens/{token_id:str}", opt=policy(Policy.HUB_ADMIN), status_code=200)
-async def revoke_token(token_id: str, hub: HubDep, actor: ActorDep) -> TokenView:
+async def revoke_token(token_id: FromPath[str], hub: HubDep, actor: ActorDep) -> TokenView:
     """End a token."""
     return await hub.tokens.revoke(token_id, actor=actor)
 

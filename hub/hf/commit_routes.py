@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request, Response, post
+from litestar.params import FromPath, JSONBody
 
 from loractl.adapters.errors import AdapterInvalid, BadRequest, Conflict, LoractlError, WillNotFit
 from loractl.adapters.validation import check_preupload
@@ -76,7 +77,7 @@ class DeletedValue(msgspec.Struct):
 
 @post("/api/models/{namespace:str}/{name:str}/preupload/{revision:str}", opt=policy(Policy.WRITE), status_code=200)
 async def preupload(
-    request: AnyRequest, data: PreuploadBody, hub: HubDep, repo: RepoDep, revision: str
+    request: AnyRequest, data: JSONBody[PreuploadBody], hub: HubDep, repo: RepoDep, revision: FromPath[str]
 ) -> dict[str, Any]:
     """Say how each file is to be sent, and refuse at once what a commit would refuse later."""
     _refuse_pull_request(request)
@@ -129,7 +130,7 @@ def _goes_by_lfs(file: PreuploadFile, hub: Hub) -> bool:
     request_max_body_size=None,
 )
 async def commit(
-    request: AnyRequest, hub: HubDep, actor: ActorDep, repo: RepoDep, revision: str
+    request: AnyRequest, hub: HubDep, actor: ActorDep, repo: RepoDep, revision: FromPath[str]
 ) -> Response[dict[str, Any]]:
     """Take a commit: lines of JSON that name what is added and deleted. The same content again changes nothing."""
     _refuse_pull_request(request)

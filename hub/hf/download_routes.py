@@ -5,6 +5,7 @@ from typing import Any
 
 from litestar import Request, route
 from litestar.enums import HttpMethod
+from litestar.params import FromPath
 from litestar.types import ASGIApp
 
 from loractl.hub.access import HubDep, Policy, RepoDep, policy
@@ -22,7 +23,7 @@ from loractl.hub.registry.revisions import FoundFile, MissingFile
     status_code=200,
 )
 async def resolve_file(
-    request: "Request[Any, Any, Any]", hub: HubDep, repo: RepoDep, revision: str, path: str
+    request: "Request[Any, Any, Any]", hub: HubDep, repo: RepoDep, revision: FromPath[str], path: FromPath[str]
 ) -> ASGIApp:
     """Send a file, or with HEAD tell of it; `Range` is honoured."""
     found = await hub.revisions.file(repo, decoded(revision), decoded_path(path))

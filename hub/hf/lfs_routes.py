@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 
 import msgspec
 from litestar import Request, Response, post, put
+from litestar.params import FromPath, FromQuery, JSONBody
 
 from loractl.adapters.errors import BadRequest, NotFound, WillNotFit
 from loractl.hub.access import ActorDep, HubDep, Policy, RepoDep, policy
@@ -52,7 +53,9 @@ class CompleteBody(msgspec.Struct):
 
 
 @post("/{namespace:str}/{name:str}/info/lfs/objects/batch", opt=policy(Policy.WRITE), status_code=200)
-async def batch(request: AnyRequest, data: BatchBody, hub: HubDep, actor: ActorDep, repo: RepoDep) -> Response[Any]:
+async def batch(
+    request: AnyRequest, data: JSONBody[BatchBody], hub: HubDep, actor: ActorDep, repo: RepoDep
+) -> Response[Any]:
     """Offer an address for each object that this repo does not have yet."""
     if data.operation != "upload" or data.hash_algo != "sha256":
         raise BadRequest("only uploads of sha256 objects are offered here", hint="download by `resolve`")
@@ -114,7 +117,12 @@ async def _actions(
 
 @put("/lfs/{repo_key:int}/objects/{oid:str}", opt=policy(Policy.SIGNED), status_code=200, request_max_body_size=None)
 async def put_object(
-    request: AnyRequest, hub: HubDep, repo_key: int, oid: str, size: int, signature: str
+    request: AnyRequest,
+    hub: HubDep,
+    repo_key: FromPath[int],
+    oid: FromPath[str],
+    size: FromQuery[int],
+    signature: FromQuery[str],
 ) -> Response[bytes]:
     """Take a whole object; the address says which, how large, for which repo and until when."""
     hub.signer.check(signature, "object", repo_key, oid, size)
@@ -131,7 +139,12 @@ async def put_object(
     request_max_body_size=None,
 )
 async def put_part(
-    request: AnyRequest, hub: HubDep, session: str, number: int, size: int, signature: str
+    request: AnyRequest,
+    hub: HubDep,
+    session: FromPath[str],
+    number: FromPath[int],
+    size: FromQuery[int],
+    signature: FromQuery[str],
 ) -> Response[bytes]:
     """Take one part of an object; sending it again replaces it."""
     hub.signer.check(signature, "part", session, number, size)
@@ -147,7 +160,14 @@ async def put_part(
 
 @post("/lfs/sessions/{session:str}/complete/{oid:str}", opt=policy(Policy.SIGNED), status_code=200)
 async def complete(
-    data: CompleteBody, hub: HubDep, session: str, oid: str, size: int, parts: int, repo_key: int, signature: str
+    data: JSONBody[CompleteBody],
+    hub: HubDep,
+    session: FromPath[str],
+    oid: FromPath[str],
+    size: FromQuery[int],
+    parts: FromQuery[int],
+    repo_key: FromQuery[int],
+    signature: FromQuery[str],
 ) -> dict[str, Any]:
     """Join the parts, once all are there; asked again after success it says yes again."""
     hub.signer.check(signature, "complete", repo_key, session, oid, size, parts)
@@ -165,7 +185,7 @@ async def complete(
 
 
 @post("/{namespace:str}/{name:str}/info/lfs/objects/verify", opt=policy(Policy.WRITE), status_code=200)
-async def verify(data: LfsObject, hub: HubDep, repo: RepoDep) -> dict[str, Any]:
+async def verify(data: JSONBody[LfsObject], hub: HubDep, repo: RepoDep) -> dict[str, Any]:
     """Say whether an object has arrived whole; its hash was compared while it was written."""
     known = await hub.ledger.known(repo, [data.oid])
     if known.get(data.oid) != data.size:

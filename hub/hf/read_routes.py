@@ -5,6 +5,7 @@ from urllib.parse import urlencode
 
 import msgspec
 from litestar import Request, Response, get, post
+from litestar.params import FromPath
 
 from loractl.adapters.errors import BadRequest, EntryNotFound
 from loractl.adapters.reference import DEFAULT_REVISION
@@ -69,11 +70,10 @@ async def list_models(request: AnyRequest, hub: HubDep, actor: ActorDep) -> Resp
     ["/api/models/{namespace:str}/{name:str}", "/api/models/{namespace:str}/{name:str}/revision/{revision:str}"],
     opt=policy(Policy.READ),
 )
-async def model_info(
-    request: AnyRequest, hub: HubDep, repo: RepoDep, revision: str = DEFAULT_REVISION
-) -> Response[dict[str, Any]]:
+async def model_info(request: AnyRequest, hub: HubDep, repo: RepoDep) -> Response[dict[str, Any]]:
     """Everything on one revision of a repo."""
-    commit, tree = await hub.revisions.tree(repo, decoded(revision))
+    revision = decoded(request.path_params.get("revision", DEFAULT_REVISION))
+    commit, tree = await hub.revisions.tree(repo, revision)
     view = model_view(repo, commit)
     view["siblings"] = siblings_view(tree, with_blobs=is_true(request.query_params.get("blobs")))
     view["usedStorage"] = commit.size_bytes
@@ -88,11 +88,11 @@ async def model_info(
     opt=policy(Policy.READ),
 )
 async def list_tree(
-    request: AnyRequest, hub: HubDep, repo: RepoDep, revision: str, path: str = ""
+    request: AnyRequest, hub: HubDep, repo: RepoDep, revision: FromPath[str]
 ) -> Response[list[dict[str, Any]]]:
     """Folders and files below a folder of a revision."""
     query = request.query_params
-    folder = decoded_path(path).strip("/")
+    folder = decoded_path(request.path_params.get("path", "")).strip("/")
     commit, tree = await hub.revisions.tree(repo, decoded(revision))
     folders, files = children(tree, folder, recursive=is_true(query.get("recursive")))
     if folder and not folders and not files:
@@ -104,7 +104,7 @@ async def list_tree(
 
 
 @post("/api/models/{namespace:str}/{name:str}/paths-info/{revision:str}", opt=policy(Policy.READ), status_code=200)
-async def paths_info(request: AnyRequest, hub: HubDep, repo: RepoDep, revision: str) -> list[dict[str, Any]]:
+async def paths_info(request: AnyRequest, hub: HubDep, repo: RepoDep, revision: FromPath[str]) -> list[dict[str, Any]]:
     """Files and folders by name; what is not there is left out. Takes a form or JSON, as clients differ."""
     paths, expand = await _paths_body(request)
     commit, tree = await hub.revisions.tree(repo, decoded(revision))
@@ -137,7 +137,7 @@ async def list_refs(hub: HubDep, repo: RepoDep) -> dict[str, Any]:
 
 @get("/api/models/{namespace:str}/{name:str}/commits/{revision:str}", opt=policy(Policy.READ))
 async def list_commits(
-    request: AnyRequest, hub: HubDep, repo: RepoDep, revision: str
+    request: AnyRequest, hub: HubDep, repo: RepoDep, revision: FromPath[str]
 ) -> Response[list[dict[str, Any]]]:
     """A revision and its ancestors, newest first."""
     limit = min(_number(request.query_params.get("limit"), default=_COMMITS_PAGE), _MAX_PAGE)

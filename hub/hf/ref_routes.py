@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 from litestar import Response, delete, post
+from litestar.params import FromPath, JSONBody
 
 from loractl.hub.access import ActorDep, HubDep, Policy, RepoDep, policy
 from loractl.hub.hf.addresses import decoded
@@ -26,7 +27,7 @@ class TagBody(msgspec.Struct, kw_only=True):
 
 @post(_BRANCH, opt=policy(Policy.WRITE), status_code=200)
 async def create_branch(
-    branch: str, hub: HubDep, actor: ActorDep, repo: RepoDep, data: BranchBody | None = None
+    branch: FromPath[str], hub: HubDep, actor: ActorDep, repo: RepoDep, data: JSONBody[BranchBody | None] = None
 ) -> dict[str, Any]:
     """Make a channel."""
     start = data.start if data is not None else None
@@ -35,21 +36,23 @@ async def create_branch(
 
 
 @delete(_BRANCH, opt=policy(Policy.WRITE), status_code=200)
-async def delete_branch(branch: str, hub: HubDep, actor: ActorDep, repo: RepoDep) -> Response[bytes]:
+async def delete_branch(branch: FromPath[str], hub: HubDep, actor: ActorDep, repo: RepoDep) -> Response[bytes]:
     """Remove a channel."""
     await hub.channels.delete_branch(repo, decoded(branch), actor=actor)
     return Response(b"", media_type="text/plain", status_code=200)
 
 
 @post("/api/models/{namespace:str}/{name:str}/tag/{revision:str}", opt=policy(Policy.WRITE), status_code=200)
-async def create_tag(revision: str, data: TagBody, hub: HubDep, actor: ActorDep, repo: RepoDep) -> dict[str, Any]:
+async def create_tag(
+    revision: FromPath[str], data: JSONBody[TagBody], hub: HubDep, actor: ActorDep, repo: RepoDep
+) -> dict[str, Any]:
     """Name a revision."""
     await hub.channels.create_tag(repo, data.tag, revision=decoded(revision), message=data.message or "", actor=actor)
     return {}
 
 
 @delete("/api/models/{namespace:str}/{name:str}/tag/{revision:str}", opt=policy(Policy.WRITE), status_code=200)
-async def delete_tag(revision: str, hub: HubDep, actor: ActorDep, repo: RepoDep) -> Response[bytes]:
+async def delete_tag(revision: FromPath[str], hub: HubDep, actor: ActorDep, repo: RepoDep) -> Response[bytes]:
     """Remove a tag that a person made."""
     await hub.channels.delete_tag(repo, decoded(revision), actor=actor)
     return Response(b"", media_type="text/plain", status_code=200)

@@ -1,10 +1,10 @@
 """Who am I, and repos as a whole: create, delete, move, settings. Translates only."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 from litestar import Request, Response, delete, get, post, put
-from litestar.params import Body
+from litestar.params import JSONBody
 
 from loractl.adapters.errors import BadRequest
 from loractl.hub.access import ActorDep, HubDep, Policy, RepoDep, policy
@@ -63,7 +63,7 @@ async def whoami(actor: ActorDep) -> dict[str, Any]:
 
 @post("/api/repos/create", opt=policy(Policy.TOKEN), status_code=200)
 async def create_repo(
-    request: "Request[Any, Any, Any]", data: RepoBody, hub: HubDep, actor: ActorDep
+    request: "Request[Any, Any, Any]", data: JSONBody[RepoBody], hub: HubDep, actor: ActorDep
 ) -> Response[dict[str, Any]]:
     """Make a repo; 409 with the same body when it is there already."""
     _check_type(data.type)
@@ -78,7 +78,7 @@ async def create_repo(
 
 
 @delete("/api/repos/delete", opt=policy(Policy.TOKEN), status_code=200)
-async def delete_repo(data: Annotated[RepoBody, Body()], hub: HubDep, actor: ActorDep) -> Response[bytes]:
+async def delete_repo(data: JSONBody[RepoBody], hub: HubDep, actor: ActorDep) -> Response[bytes]:
     """Delete a repo with all its versions."""
     _check_type(data.type)
     namespace, name = _names(data, default_namespace=actor.name)
@@ -88,7 +88,7 @@ async def delete_repo(data: Annotated[RepoBody, Body()], hub: HubDep, actor: Act
 
 
 @post("/api/repos/move", opt=policy(Policy.TOKEN), status_code=200)
-async def move_repo(data: MoveBody, hub: HubDep, actor: ActorDep) -> dict[str, Any]:
+async def move_repo(data: JSONBody[MoveBody], hub: HubDep, actor: ActorDep) -> dict[str, Any]:
     """Rename a repo; its old name keeps answering."""
     _check_type(data.type)
     repo = await hub.repos.find(data.from_repo, actor=actor, right="admin")
@@ -98,7 +98,7 @@ async def move_repo(data: MoveBody, hub: HubDep, actor: ActorDep) -> dict[str, A
 
 
 @put("/api/models/{namespace:str}/{name:str}/settings", opt=policy(Policy.ADMIN))
-async def update_settings(data: SettingsBody, hub: HubDep, actor: ActorDep, repo: RepoDep) -> dict[str, Any]:
+async def update_settings(data: JSONBody[SettingsBody], hub: HubDep, actor: ActorDep, repo: RepoDep) -> dict[str, Any]:
     """Hide a repo or show it."""
     if data.gated:
         raise BadRequest("this hub has no gated repos", hint="make the repo private", field="gated")
@@ -115,13 +115,13 @@ async def auth_check(repo: RepoDep) -> dict[str, Any]:
 
 
 @post("/api/validate-yaml", opt=policy(Policy.TOKEN), status_code=200)
-async def validate_yaml(data: CardBody) -> dict[str, Any]:
+async def validate_yaml(data: JSONBody[CardBody]) -> dict[str, Any]:
     """Pass every card on: a broken one becomes a warning in the commit's validation record, with all the others."""
     del data
     return {"errors": [], "warnings": []}
 
 
-def _names(data: RepoBody, *, default_namespace: str) -> tuple[str, str]:
+def _names(data: JSONBody[RepoBody], *, default_namespace: str) -> tuple[str, str]:
     if "/" in data.name:
         namespace, _, name = data.name.partition("/")
         return namespace, name

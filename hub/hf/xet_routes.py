@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from litestar import Request, Response, get, post
+from litestar.params import FromPath
 
 from loractl.adapters.errors import BadRequest, NotAllowed
 from loractl.hub.access import ActorDep, HubDep, Policy, RepoDep, bearer, policy
@@ -25,7 +26,7 @@ _KIND = "xet"
 
 @get("/api/models/{namespace:str}/{name:str}/xet-write-token/{revision:str}", opt=policy(Policy.WRITE))
 async def write_token(
-    request: AnyRequest, hub: HubDep, actor: ActorDep, repo: RepoDep, revision: str
+    request: AnyRequest, hub: HubDep, actor: ActorDep, repo: RepoDep, revision: FromPath[str]
 ) -> Response[dict[str, Any]]:
     """Open an upload session and hand out its address and token."""
     if is_true(request.query_params.get("create_pr")):
@@ -49,7 +50,7 @@ async def write_token(
     status_code=200,
     request_max_body_size=None,
 )
-async def put_xorb(request: AnyRequest, hub: HubDep, session: str, xorb: str) -> dict[str, Any]:
+async def put_xorb(request: AnyRequest, hub: HubDep, session: FromPath[str], xorb: FromPath[str]) -> dict[str, Any]:
     """Take one pack of chunks."""
     await _session_repo(request, hub, session)
     if not XET_HASH.fullmatch(xorb):
@@ -63,7 +64,7 @@ async def put_xorb(request: AnyRequest, hub: HubDep, session: str, xorb: str) ->
 
 
 @post("/xet/{session:str}/v1/shards", opt=policy(Policy.SIGNED), status_code=200, request_max_body_size=None)
-async def put_shard(request: AnyRequest, hub: HubDep, session: str) -> dict[str, Any]:
+async def put_shard(request: AnyRequest, hub: HubDep, session: FromPath[str]) -> dict[str, Any]:
     """Make the files that a shard describes out of the session's packs."""
     repo = await _session_repo(request, hub, session)
     await hub.xet.take_shard(repo, session, await whole_body(request, max_bytes=MAX_SHARD_BYTES))
