@@ -1,4 +1,4 @@
-"""The base model as the engine holds it: weights, tokenizer, limits, and who it is. Knows no adapters and no requests."""
+"""The base model as the engine holds it: weights, tokenizer, limits, identity. Knows no adapters and no requests."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

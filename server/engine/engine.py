@@ -1,12 +1,54 @@
 """The engine's public face: requests in, events out, one step at a time. Knows nothing of HTTP, JSON and names."""
 
+import dataclasses
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from loractl.adapters.errors import BaseMismatch, EngineFailure, Overloaded
+from loractl.adapters.manifest import load_manifest
 from loractl.adapters.reference import Digest
 from loractl.server.engine.base_model import BaseModel
-from loractl.server.engine.messages import AdapterUse, Cancel, Submit
+from loractl.server.engine.kv_cache import BlockPool
+from loractl.server.engine.limits import check_request, choose_num_blocks
+from loractl.server.engine.messages import (
+    AdapterUse,
+    Cancel,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    RequestId,
+    Submit,
+    Token,
+)
+from loractl.server.engine.runner import Part, Runner
+from loractl.server.engine.sampler import RowSampler
+from loractl.server.engine.scheduler import Scheduler
+from loractl.server.engine.sequence import Sequence
 from loractl.server.engine.settings import EngineSettings
-from loractl.server.engine.stats import EngineStats, StepResult
+from loractl.server.engine.slots import AdapterSlots
+from loractl.server.engine.stats import EngineCounters, EngineStats, SlotStats, StepRecord, StepResult
+from loractl.server.engine.text import TextStream
+
+
+@dataclass(slots=True)
+class _Commands:
+    """What other threads have asked since the last step."""
+
+    submits: deque[Submit] = field(default_factory=deque[Submit])
+    cancels: deque[RequestId] = field(default_factory=deque[RequestId])
+    uses: deque[AdapterUse] = field(default_factory=deque[AdapterUse])
+    unloads: deque[Digest] = field(default_factory=deque[Digest])
+
+    @property
+    def has_any(self) -> bool:
+        return bool(self.submits or self.cancels or self.uses or self.unloads)
 
 
 class Engine:
@@ -19,56 +61,280 @@ class Engine:
     def __init__(self, base: BaseModel, settings: EngineSettings) -> None:
         self.base = base
         self.settings = settings
+        num_blocks = choose_num_blocks(base, settings)
+        self._runner = Runner(base, num_blocks=num_blocks, block_size=settings.block_size)
+        head = base.model.get_output_embeddings()
+        self._slots = AdapterSlots(
+            {name: layer for name, layer in self._runner.layers.items() if layer is not head},
+            num_slots=settings.num_slots,
+            max_rank=settings.max_rank,
+            dtype=self._runner.dtype,
+            device=self._runner.device,
+            host_cache_bytes=settings.host_cache_bytes,
+            num_loaders=settings.num_loaders,
+        )
+        self._blocks = BlockPool(num_blocks)
+        self._scheduler = Scheduler(settings, blocks=self._blocks, slots=self._slots)
+        self._samplers: dict[RequestId, RowSampler] = {}
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._commands = _Commands()
+        self._num_queued = 0
+        self._totals = dict.fromkeys(("prompt", "generated", "cached", "steps", "contained", "most_adapters"), 0)
+        self._step_started_at: float | None = None
+        self._stats = self._snapshot()
 
     @property
     def max_model_len(self) -> int:
         """Longest sequence in tokens, prompt and output together."""
-        raise NotImplementedError
+        return min(self.base.max_model_len, self.settings.max_model_len or self.base.max_model_len)
 
     def submit(self, request: Submit) -> None:
         """Queue a request; raises Overloaded when the queue is full, BadRequest for what can never run."""
-        raise NotImplementedError
+        check_request(request, max_model_len=self.max_model_len, vocab_size=self.base.vocab_size)
+        with self._work:
+            if self._num_queued >= self.settings.max_queue + self.settings.max_running:
+                raise Overloaded("the queue is full", retry_after_s=1.0)
+            self._num_queued += 1
+            self._commands.submits.append(request)
+            self._work.notify()
 
     def cancel(self, request: Cancel) -> None:
         """End a request at the next step; unknown and ended ids are ignored."""
-        raise NotImplementedError
+        with self._work:
+            self._commands.cancels.append(request.id)
+            self._work.notify()
 
     def wait_for_work(self, timeout_s: float) -> bool:
         """Wait until `step` has something to do; False after `timeout_s` seconds without."""
-        raise NotImplementedError
+        with self._work:
+            return self._work.wait_for(lambda: bool(self._num_queued) or self._commands.has_any, timeout_s)
 
     def step(self) -> StepResult:
         """Run one forward pass over what is due, and return what came of it. Never waits for a load."""
-        raise NotImplementedError
+        start = self._step_started_at = time.monotonic()
+        events = self._take_commands()
+        for sequence, error in self._scheduler.admit(start):
+            events.append(self._end(sequence, Failed(id=sequence.id, error=error), is_removed=True))
+        chosen = self._scheduler.plan()
+        if not chosen:
+            self._finish_step()
+            if self._scheduler.waiting and not events:
+                time.sleep(0.001)  # only loads are awaited; their threads need the processor
+            return StepResult(events=events, record=None)
+        events += self._run(chosen)
+        record = self._record(chosen, start)
+        self._finish_step()
+        return StepResult(events=events, record=record)
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, slots, tiers and counters."""
-        raise NotImplementedError
+        return dataclasses.replace(self._stats, step_started_at=self._step_started_at)
 
     def resolve_adapter(self, folder: Path) -> None:
         """Check that this engine can serve the adapter in `folder`; raises Incompatible or AdapterInvalid with why."""
-        raise NotImplementedError
+        manifest = load_manifest(folder)
+        pin = manifest.base if manifest else None
+        if pin is not None and pin.fingerprint != self.base.identity.fingerprint:
+            raise BaseMismatch(
+                f"the adapter belongs to {pin.id} ({pin.fingerprint[:19]}), "
+                f"this server holds {self.base.identity.id} ({self.base.identity.fingerprint[:19]})",
+                hint="ask a server of the adapter's own base",
+                field="model",
+            )
+        self._slots.check_servable(folder)
 
     def prefetch(self, use: AdapterUse) -> None:
         """Begin to bring an adapter near, ahead of the request that will need it."""
-        raise NotImplementedError
+        with self._work:
+            self._commands.uses.append(use)
+            self._work.notify()
 
     def pin(self, digest: Digest) -> None:
-        """Keep an adapter in its slot; raises NotFound if the engine never saw it, WillNotFit if no slot may be pinned."""
-        raise NotImplementedError
+        """Keep an adapter in its slot; raises NotFound if it is not resident, WillNotFit if no slot may be pinned."""
+        with self._lock:
+            self._slots.pin(digest)
 
     def unpin(self, digest: Digest) -> None:
         """Let an adapter be evicted again."""
-        raise NotImplementedError
+        with self._lock:
+            self._slots.unpin(digest)
 
     def unload(self, digest: Digest) -> None:
         """Forget an adapter on every tier as soon as no request runs with it."""
-        raise NotImplementedError
+        with self._work:
+            self._commands.unloads.append(digest)
+            self._work.notify()
 
     def check_books(self) -> None:
         """Raise BooksError unless every block and slot is accounted for."""
-        raise NotImplementedError
+        blocks, digests = self._scheduler.held()
+        self._blocks.check(blocks)
+        self._slots.check(digests)
 
     def close(self) -> None:
         """Stop the loaders; requests that are left are forgotten."""
-        raise NotImplementedError
+        self._slots.close()
+
+    def _take_commands(self) -> list[Event]:
+        with self._lock:
+            commands, self._commands = self._commands, _Commands()
+        for use in commands.uses:
+            self._slots.want(use.digest, use.folder)
+        for submit in commands.submits:
+            text = TextStream(
+                self.base.tokenizer,
+                prompt=submit.prompt,
+                stops=submit.sampling.stop,
+                include_stop=submit.sampling.include_stop,
+            )
+            self._samplers[submit.id] = RowSampler(
+                submit.sampling, prompt=submit.prompt, eos_token_ids=self.base.eos_token_ids
+            )
+            self._scheduler.add(Sequence.of(submit, text))
+        cancelled = (self._scheduler.find(request_id) for request_id in dict.fromkeys(commands.cancels))
+        events: list[Event] = [self._finish(found, "cancelled") for found in cancelled if found is not None]
+        for digest in commands.unloads:
+            self._slots.unload(digest)
+        return events
+
+    def _run(self, chosen: list[tuple[Sequence, int]]) -> list[Event]:
+        """Compute the chosen tokens; an error ends the requests of this step and no other."""
+        slots = self._slots.places()
+        parts = [
+            Part(
+                tokens=sequence.tokens[sequence.num_computed : sequence.num_computed + num_tokens],
+                length=sequence.num_computed + num_tokens,
+                blocks=sequence.blocks,
+                slots=tuple((slots[digest], weight) for digest, weight in sequence.adapter_key),
+                wants_logits=num_tokens == sequence.num_pending,
+            )
+            for sequence, num_tokens in chosen
+        ]
+        try:
+            logits = self._runner.run(parts)
+        except (RuntimeError, MemoryError) as error:
+            self._totals["contained"] += len(chosen)
+            failure = EngineFailure(
+                f"a step failed: {type(error).__name__}", hint="ask again; the server's log has more"
+            )
+            return [self._end(sequence, Failed(id=sequence.id, error=failure)) for sequence, _ in chosen]
+        events: list[Event] = []
+        row = 0
+        for (sequence, num_tokens), part in zip(chosen, parts, strict=True):
+            self._scheduler.computed(sequence, num_tokens)
+            if part.wants_logits:
+                events += self._advance(sequence, logits[row])
+                row += 1
+        return events
+
+    def _advance(self, sequence: Sequence, logits: Tensor) -> list[Event]:
+        """Choose a sequence's next token, show its text, and end it where it must end."""
+        if not bool(torch.isfinite(logits).all()):
+            self._totals["contained"] += 1
+            failure = EngineFailure("the model's output is not finite with this adapter and prompt")
+            return [self._end(sequence, Failed(id=sequence.id, error=failure))]
+        sampling = sequence.submit.sampling
+        choice = self._samplers[sequence.id].choose(logits, sequence.tokens[sequence.num_prompt :])
+        now = time.monotonic()
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+        sequence.tokens.append(choice.token_id)
+        self._totals["generated"] += 1
+        stop_id = choice.token_id in sampling.stop_token_ids
+        is_eos = choice.token_id in self.base.eos_token_ids and not sampling.ignore_eos
+        if (stop_id or is_eos) and sequence.num_outputs >= sampling.min_tokens:
+            return [self._finish(sequence, "stop", stop_reason=choice.token_id if stop_id else None)]
+        piece = sequence.text.push(choice.token_id, min_tokens_reached=sequence.num_outputs >= sampling.min_tokens)
+        events: list[Event] = [
+            Token(id=sequence.id, token_id=choice.token_id, text=piece.text, logprob=choice.logprob, top=choice.top)
+        ]
+        if piece.stop is not None:
+            events.append(self._finish(sequence, "stop", stop_reason=piece.stop, tail=False))
+        elif sequence.num_outputs >= sampling.max_tokens or len(sequence.tokens) >= self.max_model_len:
+            events.append(self._finish(sequence, "length"))
+        return events
+
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, *, stop_reason: str | int | None = None, tail: bool = True
+    ) -> Event:
+        return self._end(
+            sequence,
+            Finished(
+                id=sequence.id,
+                reason=reason,
+                text=sequence.text.finish() if tail else "",
+                stop_reason=stop_reason,
+                num_prompt_tokens=sequence.num_prompt,
+                num_cached_tokens=sequence.num_cached,
+                num_output_tokens=sequence.num_outputs,
+                timing=sequence.timing(time.monotonic()),
+            ),
+        )
+
+    def _end(self, sequence: Sequence, event: Finished | Failed, *, is_removed: bool = False) -> Event:
+        if not is_removed:
+            self._scheduler.remove(sequence)
+        del self._samplers[sequence.id]
+        with self._lock:
+            self._num_queued -= 1
+        return event
+
+    def _record(self, chosen: list[tuple[Sequence, int]], start: float) -> StepRecord:
+        num_adapters = len({digest for sequence, _ in chosen for digest in sequence.digests})
+        num_prefill = sum(number for sequence, number in chosen if sequence.num_computed <= sequence.num_prompt)
+        self._totals["steps"] += 1
+        self._totals["prompt"] += num_prefill
+        self._totals["most_adapters"] = max(self._totals["most_adapters"], num_adapters)
+        return StepRecord(
+            seconds=time.monotonic() - start,
+            num_tokens=sum(number for _, number in chosen),
+            num_prefill_tokens=num_prefill,
+            num_requests=len(chosen),
+            num_distinct_adapters=num_adapters,
+        )
+
+    def _finish_step(self) -> None:
+        self._step_started_at = None
+        self._stats = self._snapshot()
+
+    def _snapshot(self) -> EngineStats:
+        scheduler, slots = self._scheduler, self._slots
+        host_digests, host_bytes = slots.host()
+        return EngineStats(
+            waiting=dict(scheduler.wait_reasons),
+            running=len(scheduler.running),
+            kv_blocks_used=self._blocks.num_held,
+            kv_blocks_total=self._blocks.num_blocks,
+            kv_blocks_cached=self._blocks.num_kept,
+            block_size=self.settings.block_size,
+            num_slots=self.settings.num_slots,
+            max_rank=self.settings.max_rank,
+            slots=tuple(
+                SlotStats(digest=digest, rank=rank, pinned=pinned, num_running=holders)
+                for digest, rank, pinned, holders in slots.slots()
+            ),
+            host_digests=host_digests,
+            host_bytes=host_bytes,
+            running_adapters=_digests(scheduler.running),
+            waiting_adapters=_digests(scheduler.waiting),
+            counters=EngineCounters(
+                num_prompt_tokens=self._totals["prompt"],
+                num_cached_tokens=scheduler.num_prefix_hits,
+                num_generated_tokens=self._totals["generated"],
+                num_prefix_queries=scheduler.num_prefix_queries,
+                num_prefix_hits=scheduler.num_prefix_hits,
+                num_preemptions=scheduler.num_preemptions,
+                num_adapter_loads=slots.num_loads,
+                num_adapter_evictions=slots.num_evictions,
+                num_adapter_load_failures=slots.num_failures,
+                num_host_hits=slots.num_host_hits,
+                num_steps=self._totals["steps"],
+                num_contained_failures=self._totals["contained"],
+                max_distinct_adapters_in_step=self._totals["most_adapters"],
+            ),
+        )
+
+
+def _digests(sequences: list[Sequence]) -> tuple[Digest, ...]:
+    return tuple(dict.fromkeys(digest for sequence in sequences for digest in sequence.digests))

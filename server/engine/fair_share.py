@@ -1,4 +1,4 @@
-"""Whose turn it is: a virtual token counter per tenant, and per adapter within it. Knows keys and tokens, no requests."""
+"""Whose turn it is: virtual token counters per tenant, and per adapter within it. Knows keys, not requests."""
 
 from collections.abc import Hashable
 

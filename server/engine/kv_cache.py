@@ -1,4 +1,4 @@
-"""Who owns which KV block, and which blocks can be used again. Knows block numbers and keys; no tensors, no requests."""
+"""Who owns which KV block, and which blocks can be used again. Knows block numbers and keys, no tensors."""
 
 import hashlib
 from array import array
@@ -116,7 +116,7 @@ class BlockPool:
             counts[block] += 1
         if counts != self._holders:
             wrong = [b for b in range(self.num_blocks) if counts[b] != self._holders[b]]
-            raise BooksError(f"blocks {wrong[:8]} are held by {[counts[b] for b in wrong[:8]]} sequences, not as booked")
+            raise BooksError(f"blocks {wrong[:8]} are held {[counts[b] for b in wrong[:8]]} times, not as booked")
         free = [*self._blank, *self._kept]
         if len(set(free)) != len(free) or any(counts[block] for block in free):
             raise BooksError("a block is free twice, or free and held")

@@ -1,6 +1,6 @@
-"""Logits to tokens, request by request. Knows numbers and settings; nothing of text, blocks or adapters."""
+"""Chooses the next token of each row from its logits. Knows one row at a time: no neighbour changes a choice."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
 import torch
@@ -11,92 +11,70 @@ from loractl.server.engine.messages import Sampling, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One chosen token, with the log probabilities that were asked for, of the model's own distribution."""
+    """A chosen token, its log probability before any filter but after penalties, and the likeliest ones beside it."""
 
     token_id: int
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(slots=True)
-class Chooser:
-    """One request's way of choosing; with a seed the choices depend on nothing but the request."""
+class RowSampler:
+    """The sampler of one request; its random numbers come from its own seed, whatever runs beside it."""
 
-    sampling: Sampling
-    prompt: Sequence[int]
-    eos_token_ids: frozenset[int]
-    generator: torch.Generator
+    def __init__(self, sampling: Sampling, *, prompt: Tokens[int], eos_token_ids: frozenset[int]) -> None:
+        self._sampling = sampling
+        self._prompt = prompt
+        self._banned_early = sorted(eos_token_ids | set(sampling.stop_token_ids))
+        self._generator: torch.Generator | None = None
+        if sampling.temperature > 0:
+            self._generator = torch.Generator()
+            if sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(sampling.seed)
 
-    @classmethod
-    def of(cls, sampling: Sampling, prompt: Sequence[int], eos_token_ids: frozenset[int]) -> "Chooser":
-        generator = torch.Generator()
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed & (1 << 63) - 1)
-        return cls(sampling, prompt, eos_token_ids, generator)
-
-    def choose(self, logits: Tensor, outputs: Sequence[int]) -> Choice:
-        """Choose the next token; logits: [vocab] float32."""
-        sampling = self.sampling
-        adjusted = self._adjust(logits, outputs)
-        if sampling.temperature <= 0:
-            token_id = int(adjusted.argmax())
-        else:
-            token_id = self._draw(adjusted / sampling.temperature)
+    def choose(self, logits: Tensor, outputs: Tokens[int]) -> Choice:
+        """Pick from `logits` [vocabulary] after `outputs` were generated; `logits` may be changed."""
+        sampling = self._sampling
+        row = self._penalized(logits.float(), outputs)
+        if len(outputs) < sampling.min_tokens:
+            row[self._banned_early] = -torch.inf
+        token_id = int(row.argmax()) if self._generator is None else self._draw(row)
         if sampling.num_logprobs is None:
             return Choice(token_id)
-        logprob, top = logprobs_of(logits, token_id, count=sampling.num_logprobs)
-        return Choice(token_id, logprob, top)
+        logprobs = torch.log_softmax(row, dim=-1)
+        top: tuple[TokenLogprob, ...] = ()
+        if sampling.num_logprobs:
+            values, ids = logprobs.topk(sampling.num_logprobs)
+            pairs = zip(ids.tolist(), values.tolist(), strict=True)
+            top = tuple(TokenLogprob(token_id=index, logprob=value) for index, value in pairs)
+        return Choice(token_id, float(logprobs[token_id]), top)
 
-    def _adjust(self, logits: Tensor, outputs: Sequence[int]) -> Tensor:
-        sampling = self.sampling
-        adjusted = logits
+    def _penalized(self, row: Tensor, outputs: Tokens[int]) -> Tensor:
+        sampling = self._sampling
         if sampling.repetition_penalty != 1.0:
-            adjusted = adjusted.clone()
-            seen = torch.tensor(sorted({*self.prompt, *outputs}))
-            values = adjusted[seen]
+            seen = torch.tensor(sorted({*self._prompt, *outputs}))
+            values = row[seen]
             penalty = sampling.repetition_penalty
-            adjusted[seen] = torch.where(values > 0, values / penalty, values * penalty)
+            row[seen] = torch.where(values > 0, values / penalty, values * penalty)
         if outputs and (sampling.presence_penalty or sampling.frequency_penalty):
-            ids, counts = torch.tensor(list(outputs)).unique(return_counts=True)
-            adjusted = adjusted.clone()
-            adjusted[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-        if sampling.logit_bias:
-            adjusted = adjusted.clone()
-            for token_id, bias in sampling.logit_bias.items():
-                adjusted[token_id] += bias
-        if len(outputs) < sampling.min_tokens and (enders := [*self.eos_token_ids, *sampling.stop_token_ids]):
-            adjusted = adjusted.clone()
-            adjusted[torch.tensor(enders)] = float("-inf")
-        return adjusted
+            ids, counts = torch.tensor(outputs).unique(return_counts=True)
+            row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        for token_id, bias in sampling.logit_bias.items():
+            row[token_id] += bias
+        return row
 
-    def _draw(self, logits: Tensor) -> int:
-        sampling = self.sampling
-        if sampling.top_k > 0 and sampling.top_k < logits.shape[0]:
-            logits, ids = logits.topk(sampling.top_k)
-        elif sampling.top_p < 1.0:
-            logits, ids = logits.sort(descending=True)
-        else:
-            ids = None
-        probs = torch.softmax(logits, dim=-1)
+    def _draw(self, row: Tensor) -> int:
+        sampling = self._sampling
+        row = row / sampling.temperature
+        if 0 < sampling.top_k < row.numel():
+            row = row.masked_fill(row < row.topk(sampling.top_k).values[-1], -torch.inf)
+        probabilities = torch.softmax(row, dim=-1)
         if sampling.min_p > 0:
-            probs = torch.where(probs < sampling.min_p * probs.max(), 0.0, probs)
-        if ids is not None and sampling.top_p < 1.0:
-            # Keep tokens until their sum reaches top_p; the first is always kept.
-            before = (probs / probs.sum()).cumsum(-1).roll(1)
-            before[0] = 0.0
-            probs = torch.where(before < max(sampling.top_p, 1e-9), probs, 0.0)
-        place = int(torch.multinomial(probs, 1, generator=self.generator))
-        return place if ids is None else int(ids[place])
-
-
-def logprobs_of(logits: Tensor, token_id: int, *, count: int) -> tuple[float, tuple[TokenLogprob, ...]]:
-    """Log probability of one token and of the `count` most likely; logits: [vocab] float32."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    top: tuple[TokenLogprob, ...] = ()
-    if count > 0:
-        values, ids = logprobs.topk(min(count, logprobs.shape[0]))
-        pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        top = tuple(TokenLogprob(token_id=each, logprob=value) for each, value in pairs)
-    return float(logprobs[token_id]), top
+            probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0.0)
+        if sampling.top_p < 1.0:
+            ordered, ids = probabilities.sort(descending=True)
+            # A token stays while those before it do not yet hold the mass: the first always stays.
+            outside = ordered.cumsum(0) - ordered >= sampling.top_p * ordered.sum()
+            probabilities = probabilities.index_fill(0, ids[outside], 0.0)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))

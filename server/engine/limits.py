@@ -1,0 +1,51 @@
+"""What an engine can hold and what it refuses at the door. Knows sizes and requests, runs nothing."""
+
+import os
+
+from loractl.adapters.errors import BadRequest, Unsupported, WillNotFit
+from loractl.server.engine.base_model import BaseModel
+from loractl.server.engine.messages import Submit
+from loractl.server.engine.runner import kv_shape
+from loractl.server.engine.settings import EngineSettings
+
+# Automatic sizing stops here: blocks that no batch fills only cost memory.
+_AUTO_KV_LIMIT_BYTES = 2 << 30
+
+
+def choose_num_blocks(base: BaseModel, settings: EngineSettings) -> int:
+    """Size the KV cache: what was asked for, else a share of the free memory, never more than all rows could use."""
+    heads, dim = kv_shape(base.model)
+    layers = base.model.config.get_text_config().num_hidden_layers
+    dtype = next(p.dtype for p in base.model.parameters() if p.dtype.is_floating_point)
+    block_bytes = settings.block_size * layers * heads * dim * 2 * dtype.itemsize
+    longest = min(base.max_model_len, settings.max_model_len or base.max_model_len)
+    most = settings.max_running * (-(-longest // settings.block_size) + 1)
+    if settings.kv_bytes is not None:
+        size_bytes = settings.kv_bytes
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        size_bytes = min(int(free * settings.memory_fraction), _AUTO_KV_LIMIT_BYTES)
+    num_blocks = min(size_bytes // block_bytes, most)
+    if num_blocks < 2:
+        raise WillNotFit(f"{size_bytes} bytes hold no KV block of {block_bytes} bytes", hint="give the KV cache more")
+    return num_blocks
+
+
+def check_request(request: Submit, *, max_model_len: int, vocab_size: int) -> None:
+    """Raise BadRequest or Unsupported, naming the field, for what can never run."""
+    sampling = request.sampling
+    if not request.prompt:
+        raise BadRequest("the prompt holds no token", field="prompt")
+    if len(request.prompt) >= max_model_len:
+        raise BadRequest(
+            f"the prompt has {len(request.prompt)} tokens, this model takes {max_model_len} with the answer",
+            field="prompt",
+        )
+    if not all(0 <= token < vocab_size for token in request.prompt):
+        raise BadRequest(f"the prompt holds token ids outside 0 to {vocab_size - 1}", field="prompt")
+    if not all(0 <= token < vocab_size for token in sampling.logit_bias):
+        raise BadRequest(f"logit_bias names token ids outside 0 to {vocab_size - 1}", field="logit_bias")
+    if sampling.constraint is not None:
+        raise Unsupported("this server does not constrain outputs", field="response_format")
+    if sampling.num_prompt_logprobs is not None:
+        raise Unsupported("this server gives no log probabilities of prompts", field="prompt_logprobs")
