@@ -65,11 +65,13 @@ class _Generation:
         serving = self._serving
         body = decode_body(await read_body(self._request, serving.settings), ChatRequest)
         self._check(body)
+        if body.tools and body.tool_choice != "none":
+            # Rendering tools without reading the calls out of the answer would look like an answer and be none.
+            raise BadRequest("tools are not served", hint='leave them out, or set tool_choice to "none"', field="tools")
         with self._counted():
             adapters = await serving.adapters_of(body)
             prompt = await serving.prompts.from_chat(
                 body.messages,
-                tools=body.tools or (),
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
             )

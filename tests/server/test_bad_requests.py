@@ -48,6 +48,11 @@ def _error(response: httpx.Response) -> dict[str, Any]:
         ("chat/completions", {"chat_template": "{{ x }}"}, "chat_template"),
         ("chat/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
         ("chat/completions", {"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
+        (
+            "chat/completions",
+            {"tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]},
+            "tools",
+        ),
         ("completions", {"prompt": ""}, "prompt"),
         ("completions", {"prompt": []}, "prompt"),
         ("completions", {"prompt": ["x", 3]}, "prompt"),

@@ -1,0 +1,102 @@
+"""The real engine behind the real API: base and adapters in one burst, each answer as PEFT alone would give it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from openai import AsyncOpenAI
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from loractl.adapters.digest import folder_digest
+from loractl.server import assemble
+from loractl.server.app import create_app
+from loractl.server.engine.settings import EngineSettings
+from loractl.server.run import DrainingServer, open_socket
+from tiny_models import make_adapter, make_tiny_base
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "a film of great charm"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("real")
+    base = make_tiny_base(root / "tiny")
+    adapters = {f"a{seed}": make_adapter(base, root / f"a{seed}", seed=seed, r=2 * seed) for seed in (1, 2, 4)}
+    return {"tiny": base, **adapters}
+
+
+@pytest.fixture
+async def client(folders: dict[str, Path]) -> AsyncIterator[AsyncOpenAI]:
+    choices = assemble.Choices(
+        base=str(folders["tiny"]),
+        adapters={name: folder for name, folder in folders.items() if name != "tiny"},
+        quantization="none",
+        dtype="float32",
+        engine=EngineSettings(num_slots=2, max_rank=8, kv_bytes=8 << 20),
+    )
+    serving = await asyncio.to_thread(assemble.load, assemble.check(choices))
+    listener, ready = open_socket("127.0.0.1", 0), asyncio.Event()
+    config = uvicorn.Config(create_app(serving), log_config=None, lifespan="on", timeout_graceful_shutdown=2)
+    server = DrainingServer(config, serving, ready.set)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    await asyncio.wait_for(ready.wait(), 60)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    async with AsyncOpenAI(base_url=url, api_key="unused", max_retries=0, timeout=60) as client:
+        yield client
+    server.should_exit = True
+    await task
+
+
+def _alone(folders: dict[str, Path], name: str, prompt: list[int], num_tokens: int) -> list[int]:
+    """Greedy tokens of transformers and PEFT, one model at a time."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folders["tiny"], dtype=torch.float32)
+    if name != "tiny":
+        model = PeftModel.from_pretrained(model, folders[name])
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+async def test_burst_over_all_adapters_equals_each_alone(client: AsyncOpenAI, folders: dict[str, Path]) -> None:
+    prompt, num_tokens = [40, 41, 42, 43, 44, 45, 46], 12
+
+    async def ask(name: str) -> tuple[str, list[str], str]:
+        raw = await client.completions.with_raw_response.create(
+            model=name, prompt=prompt, max_tokens=num_tokens, temperature=0, logprobs=0, extra_body={"ignore_eos": True}
+        )
+        reply = raw.parse()
+        assert reply.choices[0].logprobs is not None
+        assert reply.choices[0].finish_reason == "length"
+        return name, reply.choices[0].logprobs.tokens or [], raw.headers["x-loractl-adapter"]
+
+    answers = await asyncio.gather(*(ask(name) for name in [*folders] * 3))
+    tokenizer = assemble.Prompts.from_folder(folders["tiny"])
+    for name, tokens, digest in answers:
+        expected = _alone(folders, name, prompt, num_tokens)
+        assert tokens == [tokenizer.token_text(token_id) for token_id in expected], name
+        assert digest == ("base" if name == "tiny" else folder_digest(folders[name]))
+
+
+async def test_chat_stream_ends_and_counts(client: AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(
+        model="a1",
+        messages=[{"role": "user", "content": PROMPT}],
+        max_tokens=9,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    chunks = [chunk async for chunk in stream]
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 9
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
