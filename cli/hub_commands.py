@@ -59,7 +59,7 @@ def _announce(settings: HubSettings, url: str, new_token: str | None) -> None:
     if new_token is not None:
         print_note("This is the hub's first start. Its admin token, shown this once:\n")
         print_note(f"    {new_token}\n")
-    print_note(f"hub: {url}   data: {settings.database_url and 'PostgreSQL' or settings.root.resolve()}")
+    print_note(f"hub: {url}   data: {'PostgreSQL' if settings.database_url else settings.root.resolve()}")
     print_note(f"use: export LORACTL_HUB={url} HF_ENDPOINT={url} LORACTL_TOKEN=... HF_TOKEN=...")
 
 

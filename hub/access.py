@@ -29,7 +29,7 @@ class Policy(StrEnum):
     """What a route demands; see the table above."""
 
     PUBLIC = "public"
-    TOKEN = "token"
+    TOKEN = "token"  # noqa: S105
     READ = "read"
     WRITE = "write"
     PROMOTE = "promote"
@@ -73,7 +73,7 @@ async def authorise(connection: "ASGIConnection[Any, Any, Any, Any]", handler: B
 
 
 def bearer(connection: "ASGIConnection[Any, Any, Any, Any]") -> str | None:
-    """The token in the header `Authorization: Bearer ...`; None without one. Raises Unauthenticated for other schemes."""
+    """The token of `Authorization: Bearer ...`, None without one; raises Unauthenticated for other schemes."""
     header = connection.headers.get("authorization")
     if header is None:
         return None

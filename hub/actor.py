@@ -39,7 +39,7 @@ class Actor:
         return fnmatch.fnmatchcase(repo_id.casefold(), self.pattern.casefold())
 
     def may(self, right: Right, repo_id: str, *, private: bool) -> bool:
-        """Tell whether this right reaches the repo: public repos are read by every holder, all else needs the pattern."""
+        """Tell whether this right reaches the repo: every reader reads public repos, all else needs the pattern."""
         if not self.roles & _IMPLIED[right]:
             return False
         return (right == "read" and not private) or self.covers(repo_id)
@@ -53,7 +53,7 @@ class Actor:
             )
 
 
-SYSTEM = Actor(token_id="system", name="system", roles=frozenset({"admin"}), pattern="*")
+SYSTEM = Actor(token_id="system", name="system", roles=frozenset({"admin"}), pattern="*")  # noqa: S106
 """The hub itself: its commands on its own machine."""
 
 

@@ -130,7 +130,7 @@ def _tags(card: dict[str, Any], *, base_id: str | None, is_lora: bool) -> tuple[
     tags = ["peft", *(["lora"] if is_lora else [])]
     if base_id is not None:
         tags += [f"base_model:{base_id}", f"base_model:adapter:{base_id}"]
-    tags += [tag for tag in _texts(card.get("tags"))]
+    tags += _texts(card.get("tags"))
     tags += [f"license:{name}" for name in _texts(card.get("license"))]
     tags += [f"dataset:{name}" for name in _texts(card.get("datasets"))]
     return tuple(dict.fromkeys(tags))[:_MAX_TAGS]

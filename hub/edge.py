@@ -11,6 +11,7 @@ import secrets
 import time
 from typing import Any
 
+from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from loractl.hub.metrics import HubMetrics
@@ -28,9 +29,10 @@ class Edge:
         self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != ScopeType.HTTP:
             await self._app(scope, receive, send)
             return
+        method = str(scope.get("method", "")) if scope.get("method") in _METHODS else "other"
         state: dict[str, Any] = scope.setdefault("state", {})
         request_id = state["request_id"] = _request_id(scope)
         scope["path"] = scope["raw_path"].decode("latin-1").partition("?")[0] or "/"
@@ -55,7 +57,6 @@ class Edge:
             seconds = time.perf_counter() - started
             # The template of the route, never the path: its names are the clients'.
             route = str(scope.get("path_template") or "unknown")
-            method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.http_requests.labels(route=route, method=method, code=str(status)).inc()
             self._metrics.http_seconds.labels(route=route).observe(seconds)
             actor = state.get("actor")

@@ -7,6 +7,8 @@
     GET    /adapters/{team}/{name}/history?channel=&limit=  -> History
     POST   /adapters/{team}/{name}/promote            Promote  -> ChannelMove
     POST   /adapters/{team}/{name}/rollback           Rollback -> ChannelMove
+    POST   /adapters/{team}/{name}/protect            Protect  -> ChannelView
+    POST   /adapters/{team}/{name}/yank               Yank     -> Resolved
     GET    /tokens -> TokenList      POST /tokens  TokenCreate -> TokenCreated      DELETE /tokens/{id} -> TokenView
 
 A revision is a version tag, a channel, or a commit id (whole, or at least 7 digits of it). Every error, here and on the
@@ -212,6 +214,20 @@ class History(msgspec.Struct, kw_only=True):
     """Who moved which channel, newest first."""
 
     moves: list[ChannelMove]
+
+
+class Protect(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Let only holders of the right `promote` move a channel, or everybody who may write."""
+
+    channel: str
+    protected: bool = True
+
+
+class Yank(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Withdraw a version: it still resolves by its exact name, with a warning. `reason` null takes that back."""
+
+    revision: str
+    reason: Annotated[str, Meta(min_length=1, max_length=2000)] | None
 
 
 class TokenCreate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -16,11 +16,14 @@ from loractl.hub.wire import (
     AdapterDetail,
     AdapterPage,
     ChannelMove,
+    ChannelView,
     History,
     Promote,
+    Protect,
     Resolved,
     Rollback,
     ValidationRecord,
+    Yank,
 )
 
 _ADAPTER = API_PREFIX + "/adapters/{namespace:str}/{name:str}"
@@ -42,6 +45,7 @@ async def resolve(
 
 @get(API_PREFIX + "/adapters", opt=policy(Policy.TOKEN))
 async def list_adapters(
+    *,
     hub: HubDep,
     actor: ActorDep,
     base: FromQuery[str | None] = None,
@@ -93,4 +97,19 @@ async def rollback(data: JSONBody[Rollback], hub: HubDep, actor: ActorDep, repo:
     return await hub.channels.rollback(repo, data, actor=actor)
 
 
-ROUTES = [resolve, list_adapters, show, validation, history, promote, rollback]
+@post(_ADAPTER + "/protect", opt=policy(Policy.ADMIN), status_code=200)
+async def protect(data: JSONBody[Protect], hub: HubDep, actor: ActorDep, repo: RepoDep) -> ChannelView:
+    """Protect a channel, or let everybody who may write move it again."""
+    await hub.channels.protect(repo, data.channel, protected=data.protected, actor=actor)
+    detail = await hub.catalogue.detail(repo, data.channel)
+    return next(view for view in detail.channels if view.channel == data.channel)
+
+
+@post(_ADAPTER + "/yank", opt=policy(Policy.WRITE), status_code=200)
+async def yank(data: JSONBody[Yank], hub: HubDep, actor: ActorDep, repo: RepoDep) -> Resolved:
+    """Withdraw a version, or take that back."""
+    await hub.channels.yank(repo, data, actor=actor)
+    return await hub.catalogue.resolved(repo, data.revision)
+
+
+ROUTES = [resolve, list_adapters, show, validation, history, promote, rollback, protect, yank]

@@ -1,4 +1,4 @@
-"""Sends one blob or a range of it as an answer: exact lengths, checked blocks, stops when the client is gone. No rule."""
+"""Sends one blob, or a range of it, with exact lengths; stops when the client is gone. No rule."""
 
 import asyncio
 import contextlib

@@ -117,6 +117,7 @@ async def _actions(
 
 @put("/lfs/{repo_key:int}/objects/{oid:str}", opt=policy(Policy.SIGNED), status_code=200, request_max_body_size=None)
 async def put_object(
+    *,
     request: AnyRequest,
     hub: HubDep,
     repo_key: FromPath[int],
@@ -139,6 +140,7 @@ async def put_object(
     request_max_body_size=None,
 )
 async def put_part(
+    *,
     request: AnyRequest,
     hub: HubDep,
     session: FromPath[str],
@@ -160,6 +162,7 @@ async def put_part(
 
 @post("/lfs/sessions/{session:str}/complete/{oid:str}", opt=policy(Policy.SIGNED), status_code=200)
 async def complete(
+    *,
     data: JSONBody[CompleteBody],
     hub: HubDep,
     session: FromPath[str],

@@ -73,7 +73,7 @@ class Catalogue:
         self._store = store
 
     async def search(self, wanted: Search, *, actor: Actor) -> Page:
-        """One page of the repos that the actor may see; stable while others push. Raises BadRequest for a bad cursor."""
+        """One page of the repos that the actor may see, stable while others push; BadRequest for a bad cursor."""
         found: list[Found] = []
         cursor = wanted.cursor
         async with self._database.read() as connection:
@@ -180,8 +180,7 @@ async def _page(
     if cursor is not None:
         value, key = _read_cursor(cursor)
         conditions.append(or_(column < value, and_(column == value, repo.c.id < key)))
-    columns = [repo, *(item.label(f"c_{item.name}") for item in commit.c)]
-    query = select(*columns).select_from(joined).where(*conditions)
+    query = select(repo, *(item.label(f"c_{item.name}") for item in commit.c)).select_from(joined).where(*conditions)
     rows = (await connection.execute(query.order_by(column.desc(), repo.c.id.desc()).limit(limit))).all()
     found: list[Found] = []
     for row in rows:

@@ -20,7 +20,7 @@ from loractl.hub.registry.journal import emit, record
 from loractl.hub.registry.records import Commit, Ref, Repo
 from loractl.hub.registry.repos import lock_repo
 from loractl.hub.registry.revisions import find_ref, resolve, revision_not_found
-from loractl.hub.wire import ChannelMove, MoveKind, Promote, Rollback
+from loractl.hub.wire import ChannelMove, MoveKind, Promote, Rollback, Yank
 
 _VERSION = re.compile(r"v[0-9]+")
 _HEX = re.compile(r"[0-9a-f]{7,40}")
@@ -52,7 +52,7 @@ class Channels:
                 raise Conflict(f"{repo.repo_id} has a channel or tag {name} already")
             commit = await resolve(connection, repo, start or DEFAULT_REVISION)
             await _put_ref(connection, repo, name, kind="branch", commit=commit)
-            await _log_move(connection, repo, name, "create", None, commit.oid, actor=actor, reason="")
+            await _log_move(connection, repo, name, "create", old=None, new=commit.oid, actor=actor, reason="")
             await record(connection, actor, "channel.create", target=repo.repo_id, detail={"channel": name})
             await emit(connection, "channel.moved", repo, _payload(name, "create", None, commit))
 
@@ -66,7 +66,7 @@ class Channels:
             _check_protected(repo, ref, actor)
             table = tables.ref
             await connection.execute(delete(table).where(table.c.repo == repo.key, table.c.name == name))
-            await _log_move(connection, repo, name, "delete", ref.commit_oid, None, actor=actor, reason="")
+            await _log_move(connection, repo, name, "delete", old=ref.commit_oid, new=None, actor=actor, reason="")
             await record(connection, actor, "channel.delete", target=repo.repo_id, detail={"channel": name})
             await emit(connection, "channel.moved", repo, _payload(name, "delete", ref.commit_oid, None))
 
@@ -108,8 +108,22 @@ class Channels:
             detail = {"channel": name, "protected": protected}
             await record(connection, actor, "channel.protect", target=repo.repo_id, detail=detail)
 
+    async def yank(self, repo: Repo, wanted: Yank, *, actor: Actor) -> None:
+        """Withdraw a commit with a reason, or take that back; it stays where it is."""
+        table = tables.yank
+        async with self._database.write() as connection:
+            commit = await resolve(connection, repo, wanted.revision)
+            await connection.execute(delete(table).where(table.c.commit_oid == commit.oid))
+            if wanted.reason is not None:
+                values = {"commit_oid": commit.oid, "reason": wanted.reason, "by": actor.name, "at": time.time()}
+                await connection.execute(insert(table).values(**values))
+            detail = {"commit": commit.oid, "version": commit.version, "reason": wanted.reason}
+            await record(connection, actor, "yank", target=repo.repo_id, detail=detail)
+            await emit(connection, "version.yanked", repo, detail)
+
     async def promote(self, repo: Repo, wanted: Promote, *, actor: Actor) -> ChannelMove:
         """Move a channel to a revision. Raises Conflict unless the channel is where `expected_old` says."""
+        _check_may_move(repo, actor)
         name = wanted.channel
         async with self._database.write() as connection:
             await lock_repo(connection, repo.key)
@@ -129,6 +143,7 @@ class Channels:
 
     async def rollback(self, repo: Repo, wanted: Rollback, *, actor: Actor) -> ChannelMove:
         """Move a channel back to where it was. Raises Conflict as `promote`, NotFound when there is no way back."""
+        _check_may_move(repo, actor)
         name = wanted.channel
         async with self._database.write() as connection:
             await lock_repo(connection, repo.key)
@@ -169,7 +184,7 @@ class Channels:
         reason: str,
     ) -> ChannelMove:
         await _put_ref(connection, repo, name, kind="branch", commit=to)
-        number = await _log_move(connection, repo, name, kind, old, to.oid, actor=actor, reason=reason)
+        number = await _log_move(connection, repo, name, kind, old=old, new=to.oid, actor=actor, reason=reason)
         detail = {"channel": name, "from": old, "to": to.oid, "reason": reason}
         await record(connection, actor, f"channel.{kind}", target=repo.repo_id, detail=detail)
         await emit(connection, "channel.moved", repo, _payload(name, kind, old, to))
@@ -188,6 +203,12 @@ class Channels:
             if not moves and channel is not None:
                 raise RevisionNotFound(f"{repo.repo_id} has no channel {channel!r} and never had one")
             return moves
+
+
+def _check_may_move(repo: Repo, actor: Actor) -> None:
+    """Both rights move channels that are not protected."""
+    if not actor.may("promote", repo.repo_id, private=True):
+        actor.require("write", repo.repo_id, private=True)
 
 
 def _check_protected(repo: Repo, ref: Ref, actor: Actor) -> None:
@@ -260,9 +281,9 @@ async def _log_move(
     repo: Repo,
     name: str,
     kind: MoveKind,
+    *,
     old: str | None,
     new: str | None,
-    *,
     actor: Actor,
     reason: str,
 ) -> int:

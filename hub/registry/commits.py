@@ -1,4 +1,4 @@
-"""Making commits: apply changes to a tree, have it checked, and write commit, version and channel in one transaction."""
+"""Making commits: apply changes, have the tree checked, write commit, version and channel at once. Knows no HTTP."""
 
 import time
 from collections.abc import Iterable
@@ -65,8 +65,9 @@ class Commits:
     async def commit(self, repo: Repo, channel: str, changes: Changes, *, actor: Actor) -> CommitResult:
         """Commit to a channel, all or nothing; content equal to the head's makes no commit.
 
-        Raises ParentMoved when the head is not `expected_parent`, AdapterInvalid with every rejection, EntryNotFound for
-        a deleted file that is absent, BadRequest for a blob that this repo may not use, NotAllowed for a protected channel.
+        Raises ParentMoved when the head is not `expected_parent`, AdapterInvalid with every rejection, EntryNotFound
+        for a deleted file that is absent, BadRequest for a blob that this repo may not use, NotAllowed for a
+        protected channel.
         """
         for _ in range(_NUM_TRIES):
             head = await self._head(repo, channel, actor=actor)
@@ -85,7 +86,7 @@ class Commits:
             )
             if found.rejections:
                 raise _rejected(found)
-            commit = await self._write(repo, head, changes, entries, found, facts, actor=actor)
+            commit = await self._write(repo, head, changes, entries, found=found, facts=facts, actor=actor)
             if commit is not None:
                 return CommitResult(commit, found)
             if changes.expected_parent is not None:
@@ -119,9 +120,9 @@ class Commits:
         head: _Head,
         changes: Changes,
         entries: list[TreeEntry],
+        *,
         found: ValidationRecord,
         facts: AdapterFacts,
-        *,
         actor: Actor,
     ) -> Commit | None:
         """Write everything in one transaction; None when the channel moved since `head` was read."""
@@ -135,7 +136,15 @@ class Commits:
             now = time.time()
             version = f"v{locked.next_version}" if facts.digest is not None else None
             commit = await _insert_commit(
-                connection, repo, head.commit.oid, changes, entries, facts, version=version, author=actor.name, now=now
+                connection,
+                repo,
+                head.commit.oid,
+                changes,
+                entries,
+                facts=facts,
+                version=version,
+                author=actor.name,
+                now=now,
             )
             await _insert_record(connection, commit, found, now)
             reach("commit-before-ref")
@@ -183,8 +192,8 @@ async def _insert_commit(
     parent: str,
     changes: Changes,
     entries: list[TreeEntry],
-    facts: AdapterFacts,
     *,
+    facts: AdapterFacts,
     version: str | None,
     author: str,
     now: float,

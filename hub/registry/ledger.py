@@ -3,7 +3,8 @@
 A blob's row is locked while its bytes are put in place and while gc takes them away, so the two never cross:
 
     upload   [lock row: state=ready, touched=now; publish bytes]         one transaction
-    gc       [state=deleting where nothing names it and touched < cutoff], then [lock row: still deleting? unlink; drop row]
+    gc       [state=deleting where nothing names it and touched < cutoff],
+             then [lock row: still deleting? unlink; drop row]
 """
 
 import time

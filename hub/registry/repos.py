@@ -1,4 +1,4 @@
-"""Repos: made, found under their present and old names, hidden from those who may not see them. Knows no commit's content."""
+"""Repos: made, found under present and old names, hidden from those who may not see them. Knows no files."""
 
 import time
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ from loractl.hub.moments import iso, iso_or_none
 from loractl.hub.registry.journal import record
 from loractl.hub.wire import TokenCreate, TokenCreated, TokenRole, TokenView
 
-SECRET_PREFIX = "lch_"
+SECRET_PREFIX = "lch_"  # noqa: S105
 _CACHE_S = 2.0
 _CACHE_SIZE = 4096
 _LAST_USED_EVERY_S = 60.0

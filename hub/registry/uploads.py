@@ -82,7 +82,7 @@ class Uploads:
         return await self._store.stage(session, part, chunks, max_bytes=max_bytes)
 
     async def join_parts(self, repo: Repo, session: str, num_parts: int, *, sha256: str, size_bytes: int) -> StoredBlob:
-        """Make a blob of parts 1..n in order; raises BadRequest when one is missing, BadData when the whole is another."""
+        """Make a blob of parts 1..n in order; raises BadRequest for a missing part, BadData for another whole."""
         async with AsyncExitStack() as stack:
             paths: list[Path] = []
             for number in range(1, num_parts + 1):

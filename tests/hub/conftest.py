@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from live_hub import LiveHub, live_hub
 from tiny_models import make_adapter, make_tiny_base
 
