@@ -46,7 +46,13 @@ help-snapshots: dev ## Rewrite tests/cli/help after a command changed
 demo: dev ## Train, push, serve and ask, on a real model and real text (KEEP=1 leaves it running)
 	PYTHONPATH=tests/support $(BIN)/python tests/demo/run_demo.py $(if $(KEEP),--keep)
 
+charts: dev ## Check the chart, its alerts and dashboards, without a cluster
+	$(BIN)/pytest -q tests/charts
+
+ops-up: dev ## A real Prometheus on a real hub and server: the alert rules evaluate, then all ends
+	PYTHONPATH=tests/support $(BIN)/python tests/charts/ops_up.py
+
 clean: ## Remove what was made here (not the caches in ~/.cache/loractl)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help ns dev lint types check test help-snapshots demo clean
+.PHONY: help ns dev lint types check test help-snapshots demo charts ops-up clean
