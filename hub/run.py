@@ -5,6 +5,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -40,10 +41,19 @@ def serve_hub(settings: HubSettings, *, announce: Announce) -> None:
             timeout_keep_alive=75,
             lifespan="on",
         )
-        server = uvicorn.Server(config)
+        server = _Server(config)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
     logging.getLogger("loractl.hub").info("stopped")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, except that a stop it was asked for ends with exit code 0: it would raise the signal again."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        del sig, frame
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 def _listener(settings: HubSettings) -> socket.socket:

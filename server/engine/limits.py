@@ -25,7 +25,7 @@ def choose_num_blocks(base: BaseModel, settings: EngineSettings) -> int:
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         size_bytes = min(int(free * settings.memory_fraction), _AUTO_KV_LIMIT_BYTES)
-    num_blocks = min(size_bytes // block_bytes, most)
+    num_blocks = int(min(size_bytes // block_bytes, most))
     if num_blocks < 2:
         raise WillNotFit(f"{size_bytes} bytes hold no KV block of {block_bytes} bytes", hint="give the KV cache more")
     return num_blocks

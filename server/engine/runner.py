@@ -55,7 +55,7 @@ class Runner:
         self._step = _Step()
         self.dtype = next(p.dtype for p in base.model.parameters() if p.dtype.is_floating_point)
         self.device = next(base.model.parameters()).device
-        self.layers: dict[str, PackedLinear] = replace_linears(base.model, step=self._lora, dtype=self.dtype)
+        self.layers = _packed_layers(base.model, step=self._lora, dtype=self.dtype)
         self._attach_caches(num_blocks)
         config = base.model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
@@ -92,6 +92,14 @@ class Runner:
             shape = (num_blocks, self._block_size, heads, dim)
             k = torch.zeros(shape, dtype=self.dtype, device=self.device)
             module.paged = _LayerCache(k=k, v=torch.zeros_like(k), step=self._step)
+
+
+def _packed_layers(model: Any, *, step: LoraStep, dtype: torch.dtype) -> dict[str, PackedLinear]:
+    """The model's linear layers, replaced once: an engine built again on the same base takes them over."""
+    there = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    for layer in there.values():
+        layer.step = step
+    return there or replace_linears(model, step=step, dtype=dtype)
 
 
 def attention_modules(model: Any) -> list[Any]:

@@ -34,9 +34,10 @@ class RowSampler:
                 self._generator.manual_seed(sampling.seed)
 
     def choose(self, logits: Tensor, outputs: Tokens[int]) -> Choice:
-        """Pick from `logits` [vocabulary] after `outputs` were generated; `logits` may be changed."""
+        """Pick from `logits` [vocabulary] after `outputs` were generated."""
         sampling = self._sampling
-        row = self._penalized(logits.float(), outputs)
+        # A copy: tensors made in inference mode refuse to be changed outside it.
+        row = self._penalized(logits.clone().float(), outputs)
         if len(outputs) < sampling.min_tokens:
             row[self._banned_early] = -torch.inf
         token_id = int(row.argmax()) if self._generator is None else self._draw(row)
@@ -58,7 +59,7 @@ class RowSampler:
             penalty = sampling.repetition_penalty
             row[seen] = torch.where(values > 0, values / penalty, values * penalty)
         if outputs and (sampling.presence_penalty or sampling.frequency_penalty):
-            ids, counts = torch.tensor(outputs).unique(return_counts=True)
+            ids, counts = torch.unique(torch.tensor(outputs), return_counts=True)
             row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
         for token_id, bias in sampling.logit_bias.items():
             row[token_id] += bias

@@ -214,9 +214,9 @@ class AdapterSlots:
     def _carve(self, slab: Tensor) -> dict[str, LoraSite]:
         sites, offset = {}, 0
         for name, layer in self._layers.items():
-            shape = {"d_in": layer.in_features, "d_out": layer.out_features, "rank_max": self.max_rank}
-            sites[name] = LoraSite.carve(slab, offset, **shape)
-            offset += LoraSite.numel(**shape, with_gain=False)
+            d_in, d_out = layer.in_features, layer.out_features
+            sites[name] = LoraSite.carve(slab, offset, d_in=d_in, d_out=d_out, rank_max=self.max_rank)
+            offset += LoraSite.numel(d_in=d_in, d_out=d_out, rank_max=self.max_rank, with_gain=False)
         return sites
 
     def _read(self, folder: Path) -> HostAdapter:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from tiny_models import make_adapter, make_tiny_base
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 NUM_OUTPUT_TOKENS = 12
-ADAPTERS = {
+ADAPTERS: dict[str, dict[str, Any]] = {
     "small": {"r": 1, "lora_alpha": 2, "seed": 1},
     "wide": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "seed": 2, "std": 0.1},
     "scaled": {"r": 5, "lora_alpha": 4, "use_rslora": True, "target_modules": ["o_proj", "down_proj"], "seed": 3},
@@ -58,13 +59,20 @@ def engine(base: Path) -> Iterator[Engine]:
     engine.close()
 
 
-def _engine(base: Path, **settings: int) -> Engine:
-    given = {"num_slots": 4, "max_rank": 8, "max_batch_tokens": 16, "max_running": 16, "kv_bytes": 1 << 20}
+def _engine(base: Path, **settings: Any) -> Engine:
+    given: dict[str, Any] = {
+        "num_slots": 4,
+        "max_rank": 8,
+        "max_batch_tokens": 16,
+        "max_running": 16,
+        "kv_bytes": 1 << 20,
+    }
     return Engine(load_base(base, quantization="none", dtype="float32"), EngineSettings(**(given | settings)))
 
 
-def _submit(name: str, prompt: list[int], *uses: AdapterUse, **sampling: object) -> Submit:
-    chosen = Sampling(**({"max_tokens": NUM_OUTPUT_TOKENS, "temperature": 0.0, "ignore_eos": True} | sampling))  # type: ignore[arg-type]
+def _submit(name: str, prompt: list[int], *uses: AdapterUse, **sampling: Any) -> Submit:
+    given: dict[str, Any] = {"max_tokens": NUM_OUTPUT_TOKENS, "temperature": 0.0, "ignore_eos": True}
+    chosen = Sampling(**(given | sampling))
     return Submit(id=RequestId(name), prompt=tuple(prompt), adapters=uses, sampling=chosen)
 
 
@@ -75,7 +83,7 @@ def _run(engine: Engine, *submits: Submit) -> dict[str, list[Event]]:
     for _ in range(20_000):
         for event in engine.step().events:
             events[event.id].append(event)
-        if all(isinstance((got or [None])[-1], Finished | Failed) for got in events.values()):
+        if all(got and isinstance(got[-1], Finished | Failed) for got in events.values()):
             break
     for got in events.values():
         assert sum(isinstance(event, Finished | Failed) for event in got) == 1
