@@ -1,6 +1,7 @@
 """Who may ask, and for what: keys from a file, compared without telling how far they matched. Knows no HTTP.
 
-One key a line: `KEY [TENANT] [admin] [weight=N]`; `#` starts a comment. Only hashes are kept in memory.
+One key a line: `KEY [TENANT] [admin] [weight=N] [requests=N] [tokens=N] [concurrent=N]`, limits per minute and tenant;
+`#` starts a comment. Only hashes are kept in memory.
 """
 
 import hashlib
@@ -11,6 +12,12 @@ from pathlib import Path
 from loractl.adapters.errors import BadData, NotAllowed, Unauthenticated
 
 MIN_KEY_CHARS = 16
+_NUMBERS: dict[str, tuple[float, float]] = {
+    "weight": (0.001, 1000),
+    "requests": (1, 1e9),
+    "tokens": (1, 1e12),
+    "concurrent": (1, 1e6),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +27,9 @@ class Key:
     tenant: str = ""
     is_admin: bool = False
     weight: float = 1.0
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    max_concurrent: int | None = None
 
 
 EVERYBODY = Key(is_admin=True)
@@ -80,20 +90,35 @@ def _hash(secret: str) -> bytes:
 def _parse(words: list[str], *, where: str) -> Key:
     if len(words[0]) < MIN_KEY_CHARS:
         raise BadData(f"{where}: a key has at least {MIN_KEY_CHARS} characters")
-    tenant, is_admin, weight = "", False, 1.0
+    tenant, is_admin = "", False
+    numbers: dict[str, float] = {}
     for word in words[1:]:
+        name, equals, value = word.partition("=")
         if word == "admin":
             is_admin = True
-        elif word.startswith("weight="):
-            try:
-                weight = float(word.removeprefix("weight="))
-            except ValueError as error:
-                raise BadData(f"{where}: {word!r} is not a number") from error
-            if not 0 < weight <= 1000:
-                raise BadData(f"{where}: a weight lies between 0 and 1000")
-        elif not tenant and "=" not in word:
+        elif equals and name in _NUMBERS:
+            numbers[name] = _number(value, name, where=where)
+        elif not tenant and not equals:
             tenant = word
         else:
-            raise BadData(f"{where}: cannot read {word!r}", hint="KEY [TENANT] [admin] [weight=N]")
-    # Two keys without a tenant must not share a prefix cache.
-    return Key(tenant=tenant or _hash(words[0]).hex()[:16], is_admin=is_admin, weight=weight)
+            raise BadData(f"{where}: cannot read {word!r}", hint="KEY [TENANT] [admin] [weight=N] [requests=N] ...")
+    return Key(
+        # Two keys without a tenant must not share a prefix cache.
+        tenant=tenant or _hash(words[0]).hex()[:16],
+        is_admin=is_admin,
+        weight=numbers.get("weight", 1.0),
+        requests_per_minute=numbers.get("requests"),
+        tokens_per_minute=numbers.get("tokens"),
+        max_concurrent=int(numbers["concurrent"]) if "concurrent" in numbers else None,
+    )
+
+
+def _number(value: str, name: str, *, where: str) -> float:
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise BadData(f"{where}: {name}={value!r} is not a number") from error
+    low, high = _NUMBERS[name]
+    if not low <= number <= high:
+        raise BadData(f"{where}: {name} lies between {low:g} and {high:g}")
+    return number

@@ -152,6 +152,8 @@ class _Generation:
     ) -> ASGIApp:
         serving, receive = self._serving, self._request.receive
         ids = [serving.bridge.new_id() for _ in range(len(prompts) * asked.num_choices)]
+        num_booked = sum(len(prompt) for prompt in prompts) + len(ids) * asked.sampling.max_tokens
+        serving.quotas.take_tokens(self._key, num_booked)
         watch = serving.open(asked.submits(prompts, ids), adapters=asked.adapters, is_stream=bool(body.stream))
         headers = {"x-loractl-adapter": "+".join(each.found.digest for each in asked.adapters) or "base"}
         try:
@@ -168,6 +170,7 @@ class _Generation:
             serving.bridge.cancel(watch.ticket)
             raise
         serving.num_requests += 1
+        serving.quotas.hold(self._key)
         return EventStream(
             _chained(first, chunks),
             headers=headers,
@@ -177,6 +180,7 @@ class _Generation:
 
     def _stream_closed(self, watch: Watch, error: BaseException | None) -> None:
         self._serving.num_requests -= 1
+        self._serving.quotas.release(self._key)
         if isinstance(error, SlowReader):
             self._serving.metrics.slow_readers.inc()
         if isinstance(error, ClientGone):
@@ -193,7 +197,8 @@ class _Generation:
         serving = self._serving
         serving.num_requests += 1
         try:
-            yield
+            with serving.quotas.admit(self._key):
+                yield
         except LoractlError as error:
             if isinstance(error, UsageError) and error.code == "BAD_REQUEST":
                 raise

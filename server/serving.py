@@ -15,6 +15,7 @@ from loractl.server.generation import Caller, Limits, ServedAdapter
 from loractl.server.metrics import ServerMetrics, Snapshot
 from loractl.server.openai_wire import Common
 from loractl.server.prompts import Prompts
+from loractl.server.quota import Quotas
 from loractl.server.watch import Watch
 
 
@@ -58,6 +59,7 @@ class Serving:
         self.prompts = prompts
         self.metrics = metrics
         self.access = access or Access()
+        self.quotas = Quotas()
         self.started_at = int(time.time())
         self.is_draining = False
         self.num_requests = 0

@@ -16,6 +16,7 @@ from loractl.adapters.digest import folder_digest
 from loractl.server import assemble
 from loractl.server.app import create_app
 from loractl.server.engine.settings import EngineSettings
+from loractl.server.prompts import Prompts
 from loractl.server.run import DrainingServer, open_socket
 from tiny_models import make_adapter, make_tiny_base
 
@@ -79,7 +80,7 @@ async def test_burst_over_all_adapters_equals_each_alone(client: AsyncOpenAI, fo
         return name, reply.choices[0].logprobs.tokens or [], raw.headers["x-loractl-adapter"]
 
     answers = await asyncio.gather(*(ask(name) for name in [*folders] * 3))
-    tokenizer = assemble.Prompts.from_folder(folders["tiny"])
+    tokenizer = Prompts.from_folder(folders["tiny"])
     for name, tokens, digest in answers:
         expected = _alone(folders, name, prompt, num_tokens)
         assert tokens == [tokenizer.token_text(token_id) for token_id in expected], name
