@@ -50,7 +50,7 @@ charts: dev ## Check the chart, its alerts and dashboards, without a cluster
 	$(BIN)/pytest -q tests/charts
 
 ops-up: dev ## A real Prometheus on a real hub and server: the alert rules evaluate, then all ends
-	PYTHONPATH=tests/support $(BIN)/python tests/charts/ops_up.py
+	PYTHONPATH=tests/support $(BIN)/python tests/support/ops_up.py
 
 clean: ## Remove what was made here (not the caches in ~/.cache/loractl)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,25 +16,33 @@ async def healthz() -> dict[str, Any]:
 @get("/readyz", opt=policy(Policy.PUBLIC))
 async def readyz(hub: HubDep) -> Response[dict[str, Any]]:
     """Database and blobs answer too."""
-    checks = {"database": await hub.database.is_alive(), "blobs": await hub.store.is_alive()}
+    checks = await _checks(hub)
     is_ready = all(checks.values())
-    hub.metrics.ready.set(is_ready)
     return Response({"ready": is_ready, **checks}, status_code=200 if is_ready else 503)
 
 
 @get("/metrics", opt=policy(Policy.PUBLIC))
 async def metrics(hub: HubDep) -> Response[bytes]:
     """The page for Prometheus."""
-    num_blobs, blob_bytes = await hub.ledger.totals()
-    num_repos, num_commits = await hub.catalogue.totals()
-    hub.metrics.blobs.set(num_blobs)
-    hub.metrics.blob_bytes.set(blob_bytes)
-    hub.metrics.repos.set(num_repos)
-    hub.metrics.revisions.set(num_commits)
-    free = await hub.store.free_bytes()
-    if free is not None:
+    checks = await _checks(hub)
+    # Without its database the hub still says so here: that is when the page is needed.
+    if checks["database"]:
+        num_blobs, blob_bytes = await hub.ledger.totals()
+        num_repos, num_commits = await hub.catalogue.totals()
+        hub.metrics.blobs.set(num_blobs)
+        hub.metrics.blob_bytes.set(blob_bytes)
+        hub.metrics.repos.set(num_repos)
+        hub.metrics.revisions.set(num_commits)
+    if checks["blobs"] and (free := await hub.store.free_bytes()) is not None:
         hub.metrics.storage_free_bytes.set(free)
     return Response(hub.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _checks(hub: HubDep) -> dict[str, bool]:
+    """Ask what the hub depends on, and note in the metrics whether all of it answers."""
+    checks = {"database": await hub.database.is_alive(), "blobs": await hub.store.is_alive()}
+    hub.metrics.ready.set(all(checks.values()))
+    return checks
 
 
 ROUTES = [healthz, readyz, metrics]
