@@ -28,7 +28,7 @@ from loractl.adapters.errors import (
     Unauthenticated,
 )
 from loractl.hub.registry.repos import RepoMoved
-from loractl.hub.wire import ErrorBody
+from loractl.hub.wire import API_PREFIX, ErrorBody
 
 _log = logging.getLogger("loractl.hub")
 
@@ -58,13 +58,20 @@ def answer_error(request: AnyRequest, error: LoractlError) -> Response[Any]:
     elif isinstance(error, Overloaded):
         headers["Retry-After"] = "1"
     body = ErrorBody(
-        error=error.message if error.hint is None else f"{error.message} ({error.hint})",
+        error=_text_of(request, error),
         code=error.code,
         hint=error.hint,
         field=error.field,
         request_id=request.scope["state"].get("request_id"),
     )
     return _response(request, body, error.status, headers)
+
+
+def _text_of(request: AnyRequest, error: LoractlError) -> str:
+    """Stock clients print `error` alone, so the hint rides in it; our own print it apart."""
+    if error.hint is None or request.scope["path"].startswith(API_PREFIX):
+        return error.message
+    return f"{error.message} ({error.hint})"
 
 
 def answer_http_error(request: AnyRequest, error: HTTPException) -> Response[Any]:
