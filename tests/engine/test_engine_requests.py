@@ -176,7 +176,6 @@ def test_only_the_steps_requests_fail_when_a_forward_pass_raises(drive: Drive, m
     assert _run(drive, _submit("after")).ids == expected
 
 
-@pytest.mark.xfail(strict=True, reason="a second engine finds no linear layers left to replace: adapters cannot load")
 def test_an_engine_built_again_on_the_same_base_answers_alike(drive: Drive, adapters: list[AdapterUse]) -> None:
     expected = _run(drive, _submit("first", adapters[0])).ids
     drive.engine.close()
