@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loractl.adapters.base_identity import cache_folder, identify_base
+from loractl.adapters.base_loading import Dtype
 from loractl.adapters.base_source import BaseSource, resolve_base
 from loractl.adapters.digest import folder_digest
 from loractl.adapters.errors import UsageError
@@ -34,7 +35,7 @@ class Choices:
     insecure: bool = False
     keys_file: Path | None = None
     quantization: Quantization = "int8"
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     engine: EngineSettings = field(default_factory=EngineSettings)
     cache_folder: Path | None = None
     cache_bytes: int | None = None

@@ -66,8 +66,16 @@ class HubSide(Protocol):
 
     def resolve(self, ref: AdapterRef) -> ResolvedAdapter: ...
 
-    def fetch(self, resolved: ResolvedAdapter) -> tuple[Path, bool]:
-        """Give the folder, and whether it was on the disk already."""
+    def recall(self, ref: AdapterRef) -> ResolvedAdapter | None:
+        """What the name last meant, if that adapter is on the disk; asks nobody."""
+        ...
+
+    def cached(self, resolved: ResolvedAdapter) -> Path | None:
+        """The folder, if it is on the disk, verified; asks nobody."""
+        ...
+
+    def fetch(self, resolved: ResolvedAdapter) -> Path:
+        """Download the adapter and give its folder."""
         ...
 
 
@@ -186,7 +194,10 @@ class AdapterSource:
             return await self._once(ref, lambda: self._ask(ref), wait_s=wait_s)
         except Unreachable:
             if known is None:
-                raise
+                remembered = await asyncio.to_thread(self._hub.recall, ref) if self._hub is not None else None
+                if remembered is None:
+                    raise
+                return remembered
             # The hub is down or slow: what was true a moment ago keeps serving.
             return known.resolved
 
@@ -228,11 +239,15 @@ class AdapterSource:
     async def _download(self, resolved: ResolvedAdapter) -> tuple[Path, bool]:
         assert self._hub is not None
         hub = self._hub
-        folder, was_cached = await self._guarded(
-            self._downloaders, lambda: hub.fetch(resolved), timeout_s=self._limits.download_timeout_s
-        )
+        # What is on the disk needs no hub, so it must not wait for the breaker either.
+        folder = await asyncio.get_running_loop().run_in_executor(self._downloaders, hub.cached, resolved)
+        was_on_disk = folder is not None
+        if folder is None:
+            folder = await self._guarded(
+                self._downloaders, lambda: hub.fetch(resolved), timeout_s=self._limits.download_timeout_s
+            )
         self._folders[resolved.digest] = folder
-        return folder, was_cached
+        return folder, was_on_disk
 
     async def _guarded(self, threads: ThreadPoolExecutor, call: Callable[[], _T], *, timeout_s: float) -> _T:
         """Run a blocking call to the hub in a thread, through the breaker."""

@@ -1,6 +1,10 @@
 """Binds the hub's client to this server's cache: the two blocking calls that `fetch` makes. Knows no asyncio."""
 
+import hashlib
+import secrets
 from pathlib import Path
+
+import msgspec
 
 from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.reference import AdapterRef
@@ -17,12 +21,34 @@ class HubReader:
         self._client = HubClient(url, token, timeout_s=resolve_timeout_s, num_attempts=1)
 
     def resolve(self, ref: AdapterRef) -> ResolvedAdapter:
-        return self._client.resolve(ref)
+        """Ask the hub what a name means, and note it for a start while the hub is away."""
+        resolved = self._client.resolve(ref)
+        note = self._note(ref)
+        encoded = msgspec.json.encode(resolved)
+        if not note.is_file() or note.read_bytes() != encoded:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            staged = note.with_suffix(f".{secrets.token_hex(4)}")
+            staged.write_bytes(encoded)
+            staged.replace(note)
+        return resolved
 
-    def fetch(self, resolved: ResolvedAdapter) -> tuple[Path, bool]:
-        """Give the verified folder, and whether it was here already."""
-        present = self._cache.get(resolved.digest)
-        return (present, True) if present is not None else (self._client.fetch(resolved, self._cache), False)
+    def recall(self, ref: AdapterRef) -> ResolvedAdapter | None:
+        """What the name meant when this cache last asked; only for adapters that are still in the cache."""
+        try:
+            resolved = msgspec.json.decode(self._note(ref).read_bytes(), type=ResolvedAdapter)
+        except (OSError, msgspec.DecodeError):
+            return None
+        return resolved if self._cache.get(resolved.digest) is not None else None
+
+    def _note(self, ref: AdapterRef) -> Path:
+        name = hashlib.sha256(f"{self.url}\n{ref.repo_id}\n{ref.revision}".encode()).hexdigest()
+        return self._cache.root / "names" / f"{name}.json"
+
+    def cached(self, resolved: ResolvedAdapter) -> Path | None:
+        return self._cache.get(resolved.digest)
+
+    def fetch(self, resolved: ResolvedAdapter) -> Path:
+        return self._client.fetch(resolved, self._cache)
 
     def close(self) -> None:
         self._client.close()

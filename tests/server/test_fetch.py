@@ -1,16 +1,21 @@
 """Names become folders once, soon, and also while the hub is away."""
 
 import asyncio
+import dataclasses
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loractl.adapters.digest import CONFIG_FILE, WEIGHTS_FILE, adapter_digest
 from loractl.adapters.errors import BaseMismatch, Overloaded, RepoNotFound, Unreachable
+from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.reference import AdapterRef, Digest
 from loractl.hub.client import ResolvedAdapter
 from loractl.server.fetch import AdapterSource, FetchLimits
+from loractl.server.hub_reader import HubReader
 
 BASE = "sha256:" + "b" * 64
 
@@ -24,6 +29,7 @@ class FakeHub:
         self.fingerprint: str | None = BASE
         self.is_down = False
         self.delay_s = 0.0
+        self.remembered: ResolvedAdapter | None = None
         self.resolves: list[AdapterRef] = []
         self.fetches: list[Digest] = []
 
@@ -46,14 +52,22 @@ class FakeHub:
             size_bytes=1,
         )
 
-    def fetch(self, resolved: ResolvedAdapter) -> tuple[Path, bool]:
+    def recall(self, ref: AdapterRef) -> ResolvedAdapter | None:
+        del ref
+        return self.remembered
+
+    def cached(self, resolved: ResolvedAdapter) -> Path | None:
+        folder = self.folder / resolved.digest[7:]
+        return folder if folder.is_dir() else None
+
+    def fetch(self, resolved: ResolvedAdapter) -> Path:
         if self.is_down:
             raise Unreachable("the hub is away")
         self.fetches.append(resolved.digest)
         time.sleep(0.02)
         folder = self.folder / resolved.digest[7:]
         folder.mkdir(exist_ok=True)
-        return folder, False
+        return folder
 
 
 class Clock:
@@ -121,6 +135,46 @@ async def test_open_breaker_answers_without_asking(source: AdapterSource, hub: F
         with pytest.raises(Unreachable):
             await source.find("team/b")
     assert len(hub.resolves) == 3
+
+
+async def test_adapter_on_the_disk_serves_after_a_restart_without_the_hub(
+    source: AdapterSource, hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.remembered = hub.resolve(AdapterRef("team", "a"))
+    folder = tmp_path / hub.remembered.digest[7:]
+    folder.mkdir()
+    hub.is_down = True
+    for _ in range(3):
+        source.breaker.failed()
+    assert (await source.find("team/a")).folder == folder
+
+
+def test_reader_notes_what_a_name_meant_and_forgets_what_left_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: FakeHub
+) -> None:
+    cache = AdapterCache(tmp_path / "cache")
+    config, weights = b"{}", b"weights"
+    digest = adapter_digest(
+        config_sha256=hashlib.sha256(config).hexdigest(), weights_sha256=hashlib.sha256(weights).hexdigest()
+    )
+
+    def fill(folder: Path) -> None:
+        (folder / CONFIG_FILE).write_bytes(config)
+        (folder / WEIGHTS_FILE).write_bytes(weights)
+
+    cache.put(digest, fill)
+    ref = AdapterRef("team", "a", "prod")
+    answer = dataclasses.replace(hub.resolve(ref), digest=digest)
+    reader = HubReader("http://127.0.0.1:9", token=None, cache=cache)
+    monkeypatch.setattr(reader._client, "resolve", lambda ref: answer)
+    assert reader.recall(ref) is None
+    reader.resolve(ref)
+    again = HubReader("http://127.0.0.1:9", token=None, cache=cache)
+    assert again.recall(ref) == answer
+    cache.evict(digest)
+    assert again.recall(ref) is None
+    reader.close()
+    again.close()
 
 
 async def test_silent_hub_is_a_503_before_long(hub: FakeHub) -> None:
