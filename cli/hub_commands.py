@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from loractl.adapters.errors import BadData
 from loractl.cli.output import print_json, print_note, print_table
 from loractl.hub.settings import HubSettings, read_settings
 
@@ -127,3 +129,47 @@ def token_revoke(token_id: str, **place: Any) -> None:
 
     view = run(revoke_token(read_settings(**place), token_id))
     print_note(f"token {view.id} ({view.name}) is revoked")
+
+
+@hub.command()
+@place_options
+@click.option("--grace-hours", type=click.FloatRange(min=0.0), help="Keep what was touched since  [default: 24]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def gc(grace_hours: float | None, as_json: bool, **place: Any) -> None:
+    """Take away blobs that nothing names, and uploads that have expired."""
+    from loractl.hub.run import collect_garbage
+
+    grace_s = None if grace_hours is None else grace_hours * 3600.0
+    done = run(collect_garbage(read_settings(**place), grace_s=grace_s))
+    if as_json:
+        print_json(asdict(done))
+        return
+    print_note(
+        f"removed {done.num_blobs} blobs ({done.num_bytes:,} bytes), {done.num_orphans} orphans, "
+        f"{done.num_uploads} expired uploads, {done.num_staged} staged files"
+    )
+
+
+@hub.command()
+@place_options
+@click.option("--no-read-data", is_flag=True, help="Compare sizes only; bytes are not read.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def fsck(no_read_data: bool, as_json: bool, **place: Any) -> None:
+    """Look whether everything that the hub promises is there, byte for byte."""
+    from loractl.hub.run import check_store
+
+    report = run(check_store(read_settings(**place), read_data=not no_read_data))
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_note(
+            f"{report.num_commits} commits, {report.num_blobs} blobs, {report.num_bytes:,} bytes; "
+            f"{len(report.orphans)} orphans, which gc takes"
+        )
+    if not report.is_sound:
+        lost = [*report.missing, *report.corrupt, *report.broken_refs]
+        raise BadData(
+            f"{len(report.missing)} blobs missing, {len(report.corrupt)} corrupt, "
+            f"{len(report.broken_refs)} broken refs: {', '.join(lost[:5])}",
+            hint="restore them from a backup, or push the same files again",
+        )

@@ -12,6 +12,8 @@ import uvicorn
 from loractl.adapters.errors import UsageError
 from loractl.hub.actor import SYSTEM
 from loractl.hub.app import create_app
+from loractl.hub.collect import Collected, collect
+from loractl.hub.fsck import Report, check
 from loractl.hub.logs import configure_logs
 from loractl.hub.services import open_hub
 from loractl.hub.settings import HubSettings
@@ -89,3 +91,15 @@ async def list_tokens(settings: HubSettings) -> list[TokenView]:
 async def revoke_token(settings: HubSettings, token_id: str) -> TokenView:
     async with open_hub(settings) as hub:
         return await hub.tokens.revoke(token_id, actor=SYSTEM)
+
+
+async def collect_garbage(settings: HubSettings, *, grace_s: float | None) -> Collected:
+    """Remove what nothing names; safe beside a running hub."""
+    async with open_hub(settings) as hub:
+        return await collect(hub, grace_s=settings.gc_grace_s if grace_s is None else grace_s)
+
+
+async def check_store(settings: HubSettings, *, read_data: bool) -> Report:
+    """Look whether all that is promised is there."""
+    async with open_hub(settings) as hub:
+        return await check(hub, read_data=read_data)

@@ -63,6 +63,11 @@ class Hasher:
                 self._end_block()
             view = view[len(part) :]
 
+    @property
+    def sha256(self) -> str:
+        """The hash of what has passed so far."""
+        return self._sha256.hexdigest()
+
     def _end_block(self) -> None:
         self._crcs += self._crc.to_bytes(4, "little")
         self._crc = self._in_block = 0
