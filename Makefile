@@ -49,10 +49,19 @@ demo: dev ## Train, push, serve and ask, on a real model and real text (KEEP=1 l
 charts: dev ## Check the chart, its alerts and dashboards, without a cluster
 	$(BIN)/pytest -q tests/charts
 
+charts-checkov: dev ## checkov on the chart but for what users add (extras); a large install, in its own environment
+	test -x build/checkov/bin/checkov || ($(PYTHON) -m venv build/checkov && build/checkov/bin/pip install --quiet 'checkov>=3.3,<4')
+	mkdir -p build/rendered
+	@helm="$$(PYTHONPATH=tests/support $(BIN)/python -c 'from chart_tools import *; print(helm_binary(HELM_4))')"; \
+	for values in $$(ls charts/loractl/ci/*-values.yaml | grep -v /extras-); do \
+	  "$$helm" template demo charts/loractl --namespace ml --values "$$values" > "build/rendered/$$(basename "$$values")" || exit 1; \
+	done
+	build/checkov/bin/checkov --skip-download --config-file charts/checkov.yaml --directory build/rendered
+
 ops-up: dev ## A real Prometheus on a real hub and server: the alert rules evaluate, then all ends
 	PYTHONPATH=tests/support $(BIN)/python tests/support/ops_up.py
 
 clean: ## Remove what was made here (not the caches in ~/.cache/loractl)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help ns dev lint types check test help-snapshots demo charts ops-up clean
+.PHONY: help ns dev lint types check test help-snapshots demo charts charts-checkov ops-up clean
