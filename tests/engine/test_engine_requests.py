@@ -185,7 +185,7 @@ def test_an_engine_built_again_on_the_same_base_answers_alike(drive: Drive, adap
 
 
 def test_sampling_repeats_itself_when_the_seed_is_the_same(drive: Drive) -> None:
-    hot = {"temperature": 1.5, "top_p": 0.95, "max_tokens": 16}
+    hot: dict[str, Any] = {"temperature": 1.5, "top_p": 0.95, "max_tokens": 16}
     drive.submit(_submit(f"s{n}", seed=seed, **hot) for n, seed in enumerate((7, 7, 8)))
     drive.until_ended()
     first, same, other = (drive.outcomes[RequestId(f"s{n}")].ids for n in range(3))
