@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.adapters.base_identity import BaseIdentity, identify_base
+from loractl.adapters.base_loading import Dtype
 from loractl.adapters.manifest import Quantization
 
 
@@ -25,7 +26,7 @@ class BaseModel:
 
 
 def load_base(
-    folder: Path, *, quantization: Quantization, dtype: str = "auto", base_id: str | None = None
+    folder: Path, *, quantization: Quantization, dtype: Dtype = "auto", base_id: str | None = None
 ) -> BaseModel:
     """Load a base from a folder in transformers' format; raises NotFound or Unsupported when it cannot be served."""
     from transformers import AutoTokenizer
