@@ -35,7 +35,7 @@ def _recipe_options(command: Any) -> Any:
 @click.command()
 @_recipe_options
 def train(*, as_json: bool, **flags: Any) -> None:
-    """Train one LoRA adapter on a base model.
+    """Train a LoRA adapter on a base model.
 
     \b
     Examples:
@@ -61,7 +61,7 @@ def train(*, as_json: bool, **flags: Any) -> None:
 @click.command()
 @_recipe_options
 def plan(*, as_json: bool, **flags: Any) -> None:
-    """Say what `train` would do; loads no weights.
+    """Say what `train` would do, with memory and steps; loads no weights.
 
     \b
     Example:

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.usefixtures("helm"), pytest.mark.slow]
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
     """The click command that `words` name, and the rest of them."""
-    context = click.Context(group)
+    context = click.Context(group, **group.context_settings)
     command: click.Command = group
     for i, word in enumerate(words):
         if not isinstance(command, click.Group):
