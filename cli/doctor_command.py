@@ -97,7 +97,7 @@ def _service(variable: str, default: str) -> dict[str, Any]:
 
     url = os.environ.get(variable, default)
     try:
-        reachable = httpx.get(f"{url.rstrip('/')}/healthz", timeout=1.0).status_code == httpx.codes.OK
+        reachable = httpx.get(f"{url.rstrip('/')}/healthz", timeout=1.0).is_success
     except httpx.HTTPError:
         reachable = False
     return {"url": url, "reachable": reachable, "configured": variable in os.environ}

@@ -86,6 +86,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("build/demo"), help="where everything is written")
     options = parser.parse_args()
     console = Console(stderr=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=False, highlight=False, width=110)
     try:
         with prepared(options.folder, console, keep=options.keep) as demo:
             start = time.monotonic()

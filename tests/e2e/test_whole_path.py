@@ -103,6 +103,7 @@ async def test_promotion_reaches_the_running_server(place: Place) -> None:
         before = await digest_of(client, "team/first@prod")
         assert before == folder_digest(place.folder / "adapters" / "first")
         await asyncio.to_thread(place.loractl, "promote", "team/first@v2", "prod")
+        now = before
         for _ in range(100):
             if (now := await digest_of(client, "team/first@prod")) != before:
                 break
