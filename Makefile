@@ -35,7 +35,7 @@ types: dev ## mypy --strict and pyright on the four packages and the tests
 	@test "$$(sed -n 's/^ *Total files checked: *//p' build/pyright.txt | tr -d ,)" -gt 40
 
 check: lint types ## The fast half: lint, types, unit tests
-	$(BIN)/pytest -q -m "not slow and not e2e and not real_model and not drill"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not e2e and not real_model and not drill"
 
 test: check ## Everything that CI runs
 	$(BIN)/pytest -q -m "slow or e2e or real_model or drill"

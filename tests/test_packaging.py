@@ -14,7 +14,8 @@ def _packages_on_disk() -> set[str]:
     return {
         "loractl." + ".".join(path.parent.relative_to(ROOT).parts)
         for top in tops
-        for path in (ROOT / top).rglob("__init__.py")
+        for path in (ROOT / top).rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__"
     }
 
 
