@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from loractl.adapters.errors import UsageError
 from loractl.adapters.validation import Policy
 from loractl.hub.blobs.local import LocalBlobStore
+from loractl.hub.blobs.s3 import open_s3
 from loractl.hub.blobs.store import BlobStore
 from loractl.hub.database import Database, database_url, open_database
 from loractl.hub.metrics import HubMetrics
@@ -83,4 +84,6 @@ async def open_store(settings: HubSettings) -> BlobStore:
     """Open the place of the blobs; raises UsageError for an address that is not known, Unreachable."""
     if settings.blobs is None:
         return LocalBlobStore(settings.root)
+    if settings.blobs.startswith("s3://"):
+        return await open_s3(settings.blobs)
     raise UsageError(f"--blobs {settings.blobs} is not known", hint="s3://bucket/prefix, or nothing for a folder")

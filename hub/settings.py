@@ -76,8 +76,10 @@ def _parse(text: str, kind: type, *, name: str) -> object:
     try:
         if kind is bool:
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
-        if kind in {int, float, Path}:
+        if kind in {int, float}:
             return kind(text)
+        if issubclass(kind, Path):
+            return Path(text)
     except (KeyError, ValueError) as error:
         raise UsageError(f"{name}={text!r} is not a {kind.__name__}") from error
     return text

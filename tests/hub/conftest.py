@@ -1,16 +1,44 @@
 """A live hub and a small real adapter for the tests of the hub."""
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from live_hub import LiveHub, live_hub
+from live_postgres import LivePostgres, live_postgres
+from live_s3 import LiveS3, live_s3
 from tiny_models import make_adapter, make_tiny_base
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[LivePostgres]:
+    with live_postgres() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[LiveS3]:
+    with live_s3() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite-folder", pytest.param("postgres-s3", marks=pytest.mark.slow)])
+def hub(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LiveHub]:
+    """A live hub on what needs nothing installed, and again on what many processes share."""
+    places: dict[str, str] = {}
+    if request.param == "postgres-s3":
+        unique = f"hub-{secrets.token_hex(6)}"
+        places["database_url"] = request.getfixturevalue("postgres").create_database(unique)
+        places["blobs"] = request.getfixturevalue("s3").url(unique)
+    with live_hub(tmp_path / "hub", **places) as running:
+        yield running
+
+
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[LiveHub]:
+def folder_hub(tmp_path: Path) -> Iterator[LiveHub]:
+    """A live hub on SQLite and a folder, for tests that look into them."""
     with live_hub(tmp_path / "hub") as running:
         yield running
 

@@ -146,11 +146,9 @@ def test_range_gives_these_bytes(hub: LiveHub, adapter: Path, header: str, statu
 def test_flipped_byte_is_never_sent(hub: LiveHub, adapter: Path) -> None:
     _push(hub, adapter)
     digest = file_sha256(adapter / "adapter_model.safetensors")
-    weights = hub.settings.root / "blobs" / "sha256" / digest[:2] / digest[2:4] / digest
-    data = bytearray(weights.read_bytes())
+    data = bytearray(hub.blob_bytes(digest))
     data[len(data) // 2] ^= 1
-    weights.chmod(0o644)
-    weights.write_bytes(data)
+    hub.spoil_blob(digest, bytes(data))
     with hub.http() as http:
         answer = http.get("/team/name/resolve/v1/adapter_model.safetensors")
         metrics = http.get("/metrics").text

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from live_hub import LiveHub
 from loractl.adapters.digest import file_sha256
-from loractl.adapters.errors import BadData
+from loractl.adapters.errors import BadData, BlobMissing
 from loractl.cli.hub_commands import hub as hub_group
 from loractl.hub.run import check_store, collect_garbage
 
@@ -24,18 +24,14 @@ def _push(hub: LiveHub, folder: Path, repo: str) -> None:
     hub.api().create_commit(repo, operations=files, commit_message="push")
 
 
-def _blob(hub: LiveHub, file: Path) -> Path:
-    digest = file_sha256(file)
-    return hub.settings.root / "blobs" / "sha256" / digest[:2] / digest[2:4] / digest
-
-
 def test_gc_takes_what_a_deleted_repo_left_and_nothing_else(hub: LiveHub, adapter: Path, other_adapter: Path) -> None:
     _push(hub, adapter, "team/stays")
     _push(hub, other_adapter, "team/goes")
     hub.api().delete_repo("team/goes")
     done = asyncio.run(collect_garbage(hub.settings, grace_s=0.0))
     assert done.num_blobs > 0
-    assert not _blob(hub, other_adapter / "adapter_model.safetensors").exists()
+    with pytest.raises(BlobMissing):
+        hub.blob_bytes(file_sha256(other_adapter / "adapter_model.safetensors"))
     assert asyncio.run(check_store(hub.settings, read_data=True)).is_sound
     assert hub.api().file_exists("team/stays", "adapter_model.safetensors")
 
@@ -72,16 +68,15 @@ def test_gc_beside_pushes_loses_nothing(hub: LiveHub, adapter: Path, other_adapt
 def test_fsck_finds_a_flipped_byte_and_a_lost_blob(hub: LiveHub, adapter: Path, other_adapter: Path) -> None:
     _push(hub, adapter, "team/name")
     _push(hub, other_adapter, "team/other")
-    damaged = _blob(hub, adapter / "adapter_model.safetensors")
-    data = bytearray(damaged.read_bytes())
+    damaged = file_sha256(adapter / "adapter_model.safetensors")
+    data = bytearray(hub.blob_bytes(damaged))
     data[-1] ^= 1
-    damaged.chmod(0o644)
-    damaged.write_bytes(data)
-    lost = _blob(hub, other_adapter / "adapter_model.safetensors")
-    lost.unlink()
+    hub.spoil_blob(damaged, bytes(data))
+    lost = file_sha256(other_adapter / "adapter_model.safetensors")
+    hub.lose_blob(lost)
     report = asyncio.run(check_store(hub.settings, read_data=True))
-    assert (report.corrupt, report.missing) == ([damaged.name], [lost.name])
-    result = CliRunner().invoke(hub_group, ["fsck", "--root", str(hub.settings.root)])
+    assert (report.corrupt, report.missing) == ([damaged], [lost])
+    result = CliRunner().invoke(hub_group, ["fsck"], env=hub.environment())
     assert isinstance(result.exception, BadData)
 
 
@@ -100,4 +95,6 @@ def test_token_commands_make_list_and_revoke(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", [[], ["--no-read-data"]])
 def test_fsck_of_a_sound_hub_says_so(hub: LiveHub, adapter: Path, flag: list[str]) -> None:
     _push(hub, adapter, "team/name")
-    assert CliRunner().invoke(hub_group, ["fsck", "--root", str(hub.settings.root), *flag]).exit_code == 0
+    result = CliRunner().invoke(hub_group, ["fsck", *flag], env=hub.environment())
+    assert result.exit_code == 0
+    assert str(len(list(adapter.iterdir()))) in result.output
