@@ -4,6 +4,7 @@ Training and serving both load through here, so that an adapter is trained on th
 """
 
 import importlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ def load_base_model(
 
     if not (folder / "config.json").is_file():
         raise NotFound(f"{folder}: no config.json", hint="a base is a folder in transformers' format, or a hub repo id")
+    teach_layout(folder)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     compute = pick_dtype(dtype, device=where)
     quiet_libraries()
@@ -62,6 +64,27 @@ def load_base_model(
         ) from error
     _keep_4bit_layout(model)
     return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a base's tokenizer by transformers; code in the folder is never run."""
+    from transformers import AutoTokenizer
+
+    teach_layout(folder)
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def teach_layout(folder: Path) -> None:
+    """Make transformers know a base whose own code it does not bring; raises Unsupported for one that cannot be.
+
+    To be called before anything of transformers reads the folder.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    if config.get("model_type") == "baichuan":
+        from loractl.adapters.baichuan import check_baichuan
+
+        check_baichuan(config, where=folder.name)
 
 
 def pick_dtype(dtype: Dtype, *, device: str) -> "torch.dtype":

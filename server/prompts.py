@@ -31,9 +31,9 @@ class Prompts:
 
     @classmethod
     def from_folder(cls, base: Path) -> "Prompts":
-        from transformers import AutoTokenizer
+        from loractl.adapters.base_loading import load_tokenizer
 
-        return cls(AutoTokenizer.from_pretrained(str(base), local_files_only=True, trust_remote_code=False))
+        return cls(load_tokenizer(base))
 
     @property
     def vocab_size(self) -> int:

@@ -15,10 +15,12 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from loractl.adapters.base_loading import teach_layout
     from loractl.adapters.training.run import prepare
     from loractl.adapters.training.targets import linear_names, resolve_targets
 
     inputs = prepare(recipe)
+    teach_layout(inputs.folder)
     config = AutoConfig.from_pretrained(str(inputs.folder), local_files_only=True)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)

@@ -45,7 +45,7 @@ class Outcome:
 
 def prepare(recipe: Recipe) -> Inputs:
     """Read and check everything but the weights; raises before a single step what would fail later."""
-    from transformers import AutoTokenizer
+    from loractl.adapters.base_loading import load_tokenizer
 
     if not recipe.base:
         raise BadRecipe("no base model", hint="--base FOLDER or a hub repo id")
@@ -53,7 +53,7 @@ def prepare(recipe: Recipe) -> Inputs:
         raise BadRecipe("no data", hint="--data FILE")
     rows = [row for name in recipe.data.files for row in read_rows(Path(name))]
     source = resolve_base(recipe.base)
-    tokenizer = AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True)
+    tokenizer = load_tokenizer(source.folder)
     prepared = prepare_examples(rows, tokenizer, template=recipe.data.template, max_tokens=recipe.data.max_tokens)
     train, held_out = _split(prepared.examples, share=recipe.data.eval_share, seed=recipe.train.seed)
     identity = identify_base(source.folder, base_id=source.id)

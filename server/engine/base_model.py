@@ -29,13 +29,11 @@ def load_base(
     folder: Path, *, quantization: Quantization, dtype: Dtype = "auto", base_id: str | None = None
 ) -> BaseModel:
     """Load a base from a folder in transformers' format; raises NotFound or Unsupported when it cannot be served."""
-    from transformers import AutoTokenizer
-
-    from loractl.adapters.base_loading import load_base_model
+    from loractl.adapters.base_loading import load_base_model, load_tokenizer
 
     identity = identify_base(folder, base_id=base_id)
     model = load_base_model(folder, quantization=quantization, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     config = model.config.get_text_config()
     return BaseModel(
         model=model,

@@ -1,11 +1,13 @@
 """Tiny real models for tests: random weights in the shapes that transformers defines, saved as ordinary folders."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -65,6 +67,30 @@ def make_tiny_base(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     model = LlamaForCausalLM(tiny_llama_config(**changes))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_baichuan_base(folder: Path, llama: Path) -> Path:
+    """Save a tiny Llama's weights (as many key-value heads as heads) as Baichuan-7B's files hold them."""
+    shutil.copytree(llama, folder)
+    weights = load_file(llama / "model.safetensors")
+    packed: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        if "q_proj" in name:
+            parts = [weights[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            packed[name.replace("q_proj", "W_pack")] = torch.cat(parts)
+        elif "k_proj" not in name and "v_proj" not in name:
+            packed[name] = tensor
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    for key in ("num_key_value_heads", "head_dim", "rope_parameters", "attention_bias", "mlp_bias"):
+        config.pop(key, None)
+    config |= {
+        "model_type": "baichuan",
+        "architectures": ["BaiChuanForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_baichuan.BaiChuanForCausalLM"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
