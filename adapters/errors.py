@@ -21,7 +21,8 @@
     ├── NotFound                      NOT_FOUND                 404     7
     │   ├── RepoNotFound              REPO_NOT_FOUND            404     7   also: private, and not yours
     │   ├── RevisionNotFound          REVISION_NOT_FOUND        404     7
-    │   └── EntryNotFound             ENTRY_NOT_FOUND           404     7   a file inside a revision
+    │   ├── EntryNotFound             ENTRY_NOT_FOUND           404     7   a file inside a revision
+    │   └── EventsGone                EVENTS_GONE               410     7   events older than a hub keeps: look afresh
     ├── NotAllowed                    NOT_ALLOWED               403     8
     │   └── Unauthenticated           UNAUTHENTICATED           401     8
     ├── Unreachable                   UNREACHABLE               503     9   a service does not answer
@@ -152,6 +153,11 @@ class RevisionNotFound(NotFound):
 
 class EntryNotFound(NotFound):
     code = "ENTRY_NOT_FOUND"
+
+
+class EventsGone(NotFound):
+    code = "EVENTS_GONE"
+    status = 410
 
 
 class NotAllowed(LoractlError):

@@ -9,9 +9,10 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import ScalarRenderPlugin
 
 from loractl.hub.access import DEPENDENCIES, OPT_KEY, authorise
-from loractl.hub.api import adapter_routes, health_routes, token_routes
+from loractl.hub.api import adapter_routes, event_routes, health_routes, token_routes
 from loractl.hub.edge import Edge
 from loractl.hub.error_answers import EXCEPTION_HANDLERS
+from loractl.hub.events import running
 from loractl.hub.hf import (
     commit_routes,
     download_routes,
@@ -36,6 +37,7 @@ _ROUTES = [
     *xet_routes.ROUTES,
     *gap_routes.ROUTES,
     *adapter_routes.ROUTES,
+    *event_routes.ROUTES,
     *token_routes.ROUTES,
     *health_routes.ROUTES,
 ]
@@ -50,7 +52,8 @@ def create_app(settings: HubSettings) -> Litestar:
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
         async with open_hub(settings, metrics=metrics) as hub:
             app.state.hub = hub
-            yield
+            async with running(hub.feed):
+                yield
 
     app = Litestar(
         route_handlers=_ROUTES,

@@ -39,11 +39,13 @@ class Edge:
         started = time.perf_counter()
         status = 0
         sent_bytes = 0
+        is_stream = False
 
         async def send_marked(message: Message) -> None:
-            nonlocal status, sent_bytes
+            nonlocal status, sent_bytes, is_stream
             if message["type"] == "http.response.start":
                 status = message["status"]
+                is_stream = (b"content-type", b"text/event-stream; charset=utf-8") in message["headers"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             elif message["type"] == "http.response.body":
                 sent_bytes += len(message["body"])
@@ -58,7 +60,9 @@ class Edge:
             # The template of the route, never the path: its names are the clients'.
             route = str(scope.get("path_template") or "unknown")
             self._metrics.http_requests.labels(route=route, method=method, code=str(status)).inc()
-            self._metrics.http_seconds.labels(route=route).observe(seconds)
+            # A stream lasts as long as its reader likes, which says nothing of the hub's speed.
+            if not is_stream:
+                self._metrics.http_seconds.labels(route=route).observe(seconds)
             actor = state.get("actor")
             _access.info(
                 "request",

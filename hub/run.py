@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from litestar import Litestar
 
 from loractl.adapters.errors import UsageError
 from loractl.hub.actor import SYSTEM
@@ -33,8 +34,9 @@ def serve_hub(settings: HubSettings, *, announce: Announce) -> None:
         host = "127.0.0.1" if settings.host in {"0.0.0.0", "::"} else settings.host  # noqa: S104
         shown = f"[{host}]" if ":" in host else host
         announce(settings, settings.public_url or f"http://{shown}:{port}", new_token)
+        app = create_app(settings)
         config = uvicorn.Config(
-            create_app(settings),
+            app,
             log_config=None,
             # The edge writes an access log of its own, with request ids and without query strings.
             access_log=False,
@@ -43,17 +45,28 @@ def serve_hub(settings: HubSettings, *, announce: Announce) -> None:
             timeout_keep_alive=75,
             lifespan="on",
         )
-        server = _Server(config)
+        server = _Server(config, on_stop=lambda: _end_streams(app))
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
     logging.getLogger("loractl.hub").info("stopped")
 
 
+def _end_streams(app: Litestar) -> None:
+    app.state.hub.feed.stop()
+
+
 class _Server(uvicorn.Server):
     """uvicorn, except that a stop it was asked for ends with exit code 0: it would raise the signal again."""
 
+    def __init__(self, config: uvicorn.Config, *, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         del sig, frame
+        if self.started:
+            # Streams would otherwise hold the stop until its deadline.
+            self._on_stop()
         self.force_exit = self.should_exit
         self.should_exit = True
 

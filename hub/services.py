@@ -10,11 +10,13 @@ from loractl.hub.blobs.local import LocalBlobStore
 from loractl.hub.blobs.s3 import open_s3
 from loractl.hub.blobs.store import BlobStore
 from loractl.hub.database import Database, database_url, open_database
+from loractl.hub.events import EventFeed
 from loractl.hub.metrics import HubMetrics
 from loractl.hub.migrate import migrate
 from loractl.hub.registry.catalogue import Catalogue
 from loractl.hub.registry.channels import Channels
 from loractl.hub.registry.commits import Commits
+from loractl.hub.registry.event_log import EventLog
 from loractl.hub.registry.ledger import Ledger
 from loractl.hub.registry.repos import Repos
 from loractl.hub.registry.revisions import Revisions
@@ -44,6 +46,8 @@ class Hub:
     commits: Commits
     uploads: Uploads
     xet: XetUploads
+    events: EventLog
+    feed: EventFeed
 
 
 @contextlib.asynccontextmanager
@@ -59,6 +63,7 @@ async def open_hub(settings: HubSettings, *, metrics: HubMetrics | None = None) 
         store = await open_store(settings)
         policy = Policy(max_files=settings.max_files_per_repo, max_file_bytes=settings.max_file_bytes)
         ledger = Ledger(database, store, settings)
+        events = EventLog(database)
         yield Hub(
             settings=settings,
             policy=policy,
@@ -75,6 +80,8 @@ async def open_hub(settings: HubSettings, *, metrics: HubMetrics | None = None) 
             commits=Commits(database, store, policy),
             uploads=Uploads(database, store, ledger, settings),
             xet=XetUploads(store, ledger, settings),
+            events=events,
+            feed=EventFeed(events, settings),
         )
     finally:
         await database.close()

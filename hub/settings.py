@@ -51,6 +51,12 @@ class HubSettings:
     """A request whose body stalls for longer is cut."""
     gc_grace_s: float = 24 * 3600.0
     """A blob that nothing names is kept this long after it was last touched."""
+    event_keep_days: float = 30.0
+    """Events older than this are taken away; who follows from before looks at everything afresh."""
+    event_heartbeat_s: float = 5.0
+    """How often a stream of events shows that it lives."""
+    max_event_streams: int = 1000
+    """Open streams of events of one process."""
     log_level: str = "info"
 
     @property

@@ -44,7 +44,9 @@ namespace = Table(
     "namespace",
     metadata,
     Column("name", Text, primary_key=True),
+    # Null: the hub's own default. Nought: no limit.
     Column("quota_bytes", BigInteger, nullable=True),
+    Column("quota_repos", Integer, nullable=True),
     Column("created_at", Float, nullable=False),
 )
 
@@ -204,6 +206,8 @@ event = Table(
     metadata,
     _key(),
     Column("kind", Text, nullable=False),
+    # No foreign key: a deleted repo's last event outlives it. Null with an empty repo_id: concerns the whole hub.
+    Column("repo", _Serial, nullable=True),
     Column("repo_id", Text, nullable=False),
     Column("private", Boolean, nullable=False),
     Column("at", Float, nullable=False),
@@ -228,6 +232,10 @@ webhook = Table(
     _key(),
     Column("url", Text, nullable=False),
     Column("pattern", Text, nullable=False),
+    # The pattern of the token that made it: nothing beyond is ever sent.
+    Column("scope", Text, nullable=False),
+    Column("kinds", Text, nullable=False),
+    Column("created_by", Text, nullable=False),
     Column("secret", Text, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("active", Boolean, nullable=False),
@@ -239,11 +247,14 @@ delivery = Table(
     _key(),
     Column("webhook", _Serial, ForeignKey("webhook.id", ondelete="CASCADE"), nullable=False, index=True),
     Column("event", _Serial, ForeignKey("event.id"), nullable=False),
-    # pending -> done | given_up
+    # pending -> done | dead
     Column("state", Text, nullable=False),
     Column("num_attempts", Integer, nullable=False, default=0),
     Column("next_at", Float, nullable=False),
     Column("last_error", Text, nullable=True),
+    Column("last_status", Integer, nullable=True),
+    Column("created_at", Float, nullable=False),
+    Column("done_at", Float, nullable=True),
     Index("delivery_due", "state", "next_at"),
 )
 

@@ -9,6 +9,7 @@
     POST   /adapters/{team}/{name}/rollback           Rollback -> ChannelMove
     POST   /adapters/{team}/{name}/protect            Protect  -> ChannelView
     POST   /adapters/{team}/{name}/yank               Yank     -> Resolved
+    GET    /events?after=&kind=&repo=&channel=        -> EventPage; as text/event-stream: HubEvent for HubEvent
     GET    /tokens -> TokenList      POST /tokens  TokenCreate -> TokenCreated      DELETE /tokens/{id} -> TokenView
 
 A revision is a version tag, a channel, or a commit id (whole, or at least 7 digits of it). Every error, here and on the
@@ -228,6 +229,25 @@ class Yank(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     revision: str
     reason: Annotated[str, Meta(min_length=1, max_length=2000)] | None
+
+
+class HubEvent(msgspec.Struct, kw_only=True):
+    """Something that changed; the kinds and their data are in `loractl.hub.registry.journal`."""
+
+    id: int
+    """Grows over the whole hub, with gaps."""
+    kind: str
+    at: str
+    repo_id: str | None
+    """As it was called then; None where the change concerns the whole hub."""
+    data: dict[str, Any] = {}
+
+
+class EventPage(msgspec.Struct, kw_only=True):
+    """Events in their order; ask again with `after=next_after` for what came since."""
+
+    events: list[HubEvent]
+    next_after: int
 
 
 class TokenCreate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

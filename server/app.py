@@ -29,10 +29,14 @@ def create_app(serving: Serving) -> ASGIApp:
         await serving.bridge.start()
         collector = EngineCollector(serving.snapshot)
         serving.metrics.registry.register(collector)
+        if serving.hub_events is not None:
+            serving.hub_events.start()
         try:
             yield
         finally:
             serving.metrics.registry.unregister(collector)
+            if serving.hub_events is not None:
+                await serving.hub_events.close()
             await serving.bridge.stop()
             await serving.source.close()
             serving.prompts.close()

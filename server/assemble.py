@@ -16,6 +16,7 @@ from loractl.server.access import Access
 from loractl.server.bridge import Bridge, EngineLike
 from loractl.server.engine.settings import EngineSettings
 from loractl.server.fetch import AdapterSource, Found
+from loractl.server.hub_events import HubEvents
 from loractl.server.hub_reader import HubReader
 from loractl.server.metrics import ServerMetrics
 from loractl.server.prompts import Prompts
@@ -91,10 +92,12 @@ def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts
         drain_timeout_s=choices.drain_timeout_s,
         drain_grace_s=choices.drain_grace_s,
     )
+    source = AdapterSource(local=checked.local, hub=hub, base_fingerprint=checked.fingerprint)
     return Serving(
         settings=settings,
         bridge=Bridge(make_engine, on_step=metrics.saw_step),
-        source=AdapterSource(local=checked.local, hub=hub, base_fingerprint=checked.fingerprint),
+        source=source,
+        hub_events=None if hub is None else HubEvents(source, hub.url, token=choices.hub_token),
         prompts=prompts,
         metrics=metrics,
         access=checked.access,

@@ -50,6 +50,8 @@ class FetchLimits:
     fresh_s: float = 0.9
     """Younger answers are used as they are; older ones are renewed, in the background until `usable_s`."""
     usable_s: float = 1.8
+    told_s: float = 30.0
+    """In place of `fresh_s` while the hub tells which names change."""
     stale_wait_s: float = 0.5
     """How long a request waits for a renewal when an old answer is at hand."""
     resolve_timeout_s: float = 0.9
@@ -99,6 +101,8 @@ class AdapterSource:
     ) -> None:
         self.local = dict(local)
         self.breaker = Breaker(clock=clock)
+        self._is_told = False
+        self._num_forgotten = 0
         self._hub = hub
         self._base_fingerprint = base_fingerprint
         self._limits = limits or FetchLimits()
@@ -128,10 +132,30 @@ class AdapterSource:
 
     def forget(self, repo_id: str) -> None:
         """Ask the hub again at the next request for this repo; called when the hub says that it changed."""
+        self._num_forgotten += 1
         for ref in [ref for ref in self._known if ref.repo_id == repo_id]:
             self._known[ref].at = float("-inf")
         for ref in [ref for ref in self._missing if ref.repo_id == repo_id]:
             del self._missing[ref]
+
+    def forget_all(self) -> None:
+        """As `forget`, for every repo."""
+        self._num_forgotten += 1
+        for known in self._known.values():
+            known.at = float("-inf")
+        self._missing.clear()
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the hub tells at once which names change, so that they need not be asked for every second."""
+        return self._is_told
+
+    @is_told.setter
+    def is_told(self, value: bool) -> None:
+        if value and not self._is_told:
+            # What was asked before may have changed before anybody listened.
+            self.forget_all()
+        self._is_told = value
 
     async def close(self) -> None:
         for task in list(self._flights.values()):
@@ -181,7 +205,7 @@ class AdapterSource:
     async def _resolve(self, ref: AdapterRef) -> ResolvedAdapter:
         known = self._known.get(ref)
         age_s = self._clock() - known.at if known is not None else float("inf")
-        if known is not None and age_s <= self._limits.fresh_s:
+        if known is not None and age_s <= (self._limits.told_s if self._is_told else self._limits.fresh_s):
             return known.resolved
         self._check_missing(ref)
         if known is not None and age_s <= self._limits.usable_s:
@@ -222,6 +246,7 @@ class AdapterSource:
     async def _ask(self, ref: AdapterRef) -> ResolvedAdapter:
         assert self._hub is not None
         hub = self._hub
+        asked_at, num_forgotten = self._clock(), self._num_forgotten
         try:
             resolved = await self._guarded(
                 self._resolvers, lambda: hub.resolve(ref), timeout_s=self._limits.resolve_timeout_s
@@ -231,9 +256,13 @@ class AdapterSource:
             missing = RepoNotFound if isinstance(error, NotAllowed) else type(error)
             refusal = missing(f"no adapter {ref} in the hub", hint=error.hint, field="model")
             self._known.pop(ref, None)
-            self._remember(self._missing, ref, (self._clock(), refusal), self._limits.max_negative)
+            if self._num_forgotten == num_forgotten:
+                self._remember(self._missing, ref, (self._clock(), refusal), self._limits.max_negative)
             raise refusal from error
-        self._remember(self._known, ref, _Known(resolved, self._clock()), self._limits.max_known)
+        if self._num_forgotten != num_forgotten:
+            # The answer may be from before the change that was told meanwhile: good for those who asked, not to keep.
+            asked_at = float("-inf")
+        self._remember(self._known, ref, _Known(resolved, asked_at), self._limits.max_known)
         return resolved
 
     async def _download(self, resolved: ResolvedAdapter) -> tuple[Path, bool]:

@@ -12,6 +12,7 @@ from loractl.server.bridge import Bridge
 from loractl.server.engine.messages import Submit
 from loractl.server.fetch import AdapterSource
 from loractl.server.generation import Caller, Limits, ServedAdapter
+from loractl.server.hub_events import HubEvents
 from loractl.server.metrics import ServerMetrics, Snapshot
 from loractl.server.openai_wire import Common
 from loractl.server.prompts import Prompts
@@ -52,10 +53,12 @@ class Serving:
         prompts: Prompts,
         metrics: ServerMetrics,
         access: Access | None = None,
+        hub_events: HubEvents | None = None,
     ) -> None:
         self.settings = settings
         self.bridge = bridge
         self.source = source
+        self.hub_events = hub_events
         self.prompts = prompts
         self.metrics = metrics
         self.access = access or Access()

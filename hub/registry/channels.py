@@ -82,6 +82,7 @@ class Channels:
             await record(
                 connection, actor, "tag.create", target=repo.repo_id, detail={"tag": name, "commit": commit.oid}
             )
+            await emit(connection, "tag.created", repo, {"tag": name, "commit": commit.oid})
 
     async def delete_tag(self, repo: Repo, name: str, *, actor: Actor) -> None:
         """Remove a tag that a person made; versions stay. Raises RevisionNotFound."""
@@ -95,6 +96,7 @@ class Channels:
             table = tables.ref
             await connection.execute(delete(table).where(table.c.repo == repo.key, table.c.name == name))
             await record(connection, actor, "tag.delete", target=repo.repo_id, detail={"tag": name})
+            await emit(connection, "tag.deleted", repo, {"tag": name})
 
     async def protect(self, repo: Repo, name: str, *, protected: bool, actor: Actor) -> None:
         """Let only holders of the right `promote` move a channel, or everybody who may write."""
@@ -107,6 +109,7 @@ class Channels:
             )
             detail = {"channel": name, "protected": protected}
             await record(connection, actor, "channel.protect", target=repo.repo_id, detail=detail)
+            await emit(connection, "channel.protected", repo, detail)
 
     async def yank(self, repo: Repo, wanted: Yank, *, actor: Actor) -> None:
         """Withdraw a commit with a reason, or take that back; it stays where it is."""
@@ -118,8 +121,9 @@ class Channels:
                 values = {"commit_oid": commit.oid, "reason": wanted.reason, "by": actor.name, "at": time.time()}
                 await connection.execute(insert(table).values(**values))
             detail = {"commit": commit.oid, "version": commit.version, "reason": wanted.reason}
-            await record(connection, actor, "yank", target=repo.repo_id, detail=detail)
-            await emit(connection, "version.yanked", repo, detail)
+            kind = "yank" if wanted.reason is not None else "unyank"
+            await record(connection, actor, kind, target=repo.repo_id, detail=detail)
+            await emit(connection, f"version.{kind}ed", repo, detail)
 
     async def promote(self, repo: Repo, wanted: Promote, *, actor: Actor) -> ChannelMove:
         """Move a channel to a revision. Raises Conflict unless the channel is where `expected_old` says."""

@@ -152,6 +152,8 @@ class Commits:
             detail = {"commit": commit.oid, "channel": ref.name, "version": version, "digest": commit.digest}
             await record(connection, actor, "commit", target=repo.repo_id, detail=detail)
             payload = detail | {"old": head.commit.oid, "new": commit.oid, "kind": "push"}
+            if version is not None:
+                await emit(connection, "version.created", locked, detail)
             await emit(connection, "channel.moved", locked, payload)
             reach("commit-before-end")
         reach("commit-after-end")

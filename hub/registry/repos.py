@@ -230,6 +230,7 @@ class Repos:
         async with self._database.write() as connection:
             await connection.execute(update(tables.repo).where(tables.repo.c.id == repo.key).values(private=private))
             await record(connection, actor, "repo.visibility", target=repo.repo_id, detail={"private": private})
+            await emit(connection, "repo.visibility", repo, {"private": private})
 
     async def count_download(self, repo: Repo) -> None:
         """Note one download of an adapter's weights."""

@@ -11,7 +11,7 @@ from loractl.hub import tables
 from loractl.hub.actor import Actor, anonymous
 from loractl.hub.database import Database
 from loractl.hub.moments import iso, iso_or_none
-from loractl.hub.registry.journal import record
+from loractl.hub.registry.journal import emit, record
 from loractl.hub.wire import TokenCreate, TokenCreated, TokenRole, TokenView
 
 SECRET_PREFIX = "lch_"  # noqa: S105
@@ -89,6 +89,7 @@ class Tokens:
                 target=row.id,
                 detail={"name": row.name, "roles": row.roles, "pattern": row.pattern},
             )
+            await emit(connection, "token.created", None, {"id": row.id, "name": row.name})
         return TokenCreated(token=_view(row), secret=secret)
 
     async def list_all(self) -> list[TokenView]:
@@ -108,6 +109,7 @@ class Tokens:
             if row is None:
                 raise NotFound(f"no token {token_id}", hint="`loractl hub token list` shows their ids")
             await record(connection, actor, "token.revoke", target=token_id, detail={"name": row.name})
+            await emit(connection, "token.revoked", None, {"id": token_id, "name": row.name})
         self._cache.clear()
         return _view(row)
 

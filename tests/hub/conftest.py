@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def s3() -> Iterator[LiveS3]:
 @pytest.fixture(params=["sqlite-folder", pytest.param("postgres-s3", marks=pytest.mark.slow)])
 def hub(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LiveHub]:
     """A live hub on what needs nothing installed, and again on what many processes share."""
-    places: dict[str, str] = {}
+    places: dict[str, Any] = {}
     if request.param == "postgres-s3":
         unique = f"hub-{secrets.token_hex(6)}"
         places["database_url"] = request.getfixturevalue("postgres").create_database(unique)

@@ -89,12 +89,13 @@ async def _delete_blob(settings: HubSettings, sha256: str) -> None:
 
 
 @contextlib.contextmanager
-def live_hub(root: Path, **settings: Any) -> Iterator[LiveHub]:
+def live_hub(root: Path, *, listen_port: int = 0, **settings: Any) -> Iterator[LiveHub]:
     """Run a hub until the block ends."""
     chosen = HubSettings(root=root, port=0, **settings)
     admin = asyncio.run(_create(chosen, TokenCreate(name="admin", roles=["admin"])))
-    server = uvicorn.Server(uvicorn.Config(create_app(chosen), log_config=None, access_log=False, lifespan="on"))
-    listener = socket.create_server(("127.0.0.1", 0))
+    app = create_app(chosen)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
+    listener = socket.create_server(("127.0.0.1", listen_port))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -104,6 +105,8 @@ def live_hub(root: Path, **settings: Any) -> Iterator[LiveHub]:
         assert server.started, "the hub did not start"
         yield LiveHub(f"http://127.0.0.1:{listener.getsockname()[1]}", chosen, admin)
     finally:
+        if server.started:
+            app.state.hub.feed.stop()
         server.should_exit = True
         thread.join(30.0)
         listener.close()

@@ -1,0 +1,60 @@
+"""Listens to the hub's events and tells the adapter source which names to ask for again. Knows no request.
+
+While the stream lives, a name that was asked for once stays valid until the hub says that it changed; when it breaks,
+the source goes back to asking every second by itself.
+"""
+
+import asyncio
+import contextlib
+import logging
+
+from loractl.adapters.errors import LoractlError
+from loractl.hub.event_client import Gone, Lost, Ready, Told, follow_events
+from loractl.server.fetch import AdapterSource
+
+_log = logging.getLogger("loractl.server")
+
+
+class HubEvents:
+    """Follows one hub for one source, from `start` to `close`."""
+
+    def __init__(self, source: AdapterSource, url: str, *, token: str | None) -> None:
+        self._source = source
+        self._url = url
+        self._token = token
+        self._task: asyncio.Task[None] | None = None
+        self._last_code: str | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._follow())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _follow(self) -> None:
+        async for told in follow_events(self._url, self._token):
+            self._take(told)
+
+    def _take(self, told: Told) -> None:
+        match told:
+            case Ready():
+                self._source.is_told = True
+                self._last_code = None
+            case Gone():
+                self._source.forget_all()
+            case Lost(error):
+                self._source.is_told = False
+                self._say(error)
+            case event:
+                for name in (event.repo_id, event.data.get("from")):
+                    if isinstance(name, str):
+                        self._source.forget(name)
+
+    def _say(self, error: LoractlError) -> None:
+        # Once per break, however often it is tried again.
+        if error.code != self._last_code:
+            self._last_code = error.code
+            _log.warning("the hub tells no events (%s); names are looked up every second meanwhile", error.code)

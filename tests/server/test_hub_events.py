@@ -1,0 +1,192 @@
+"""A server that follows a live hub's events: moved channels count at once, and a silent hub changes nothing."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from live_hub import LiveHub, live_hub
+from loractl.adapters.digest import folder_digest
+from loractl.adapters.errors import RepoNotFound
+from loractl.adapters.local_cache import AdapterCache
+from loractl.adapters.reference import AdapterRef, Digest
+from loractl.hub.client import ResolvedAdapter
+from loractl.server.fetch import AdapterSource, FetchLimits
+from loractl.server.hub_events import HubEvents
+from loractl.server.hub_reader import HubReader
+from pushing import push
+from tiny_models import make_adapter, make_tiny_base
+
+# Without events a name would be believed for an hour.
+_PATIENT = FetchLimits(fresh_s=3600.0, usable_s=3600.0, told_s=3600.0, resolve_timeout_s=10.0, stale_wait_s=10.0)
+
+
+class _CountingReader(HubReader):
+    """Counts how often the hub was asked for a name."""
+
+    num_resolves = 0
+
+    def resolve(self, ref: AdapterRef) -> ResolvedAdapter:
+        self.num_resolves += 1
+        return super().resolve(ref)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("followed")
+    base = make_tiny_base(root / "base")
+    return [make_adapter(base, root / f"adapter-{seed}", seed=seed) for seed in (1, 2)]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LiveHub]:
+    with live_hub(tmp_path / "hub", event_heartbeat_s=0.2) as running:
+        yield running
+
+
+@pytest.fixture
+async def source(hub: LiveHub, tmp_path: Path) -> AsyncIterator[AdapterSource]:
+    reader = _CountingReader(hub.url, token=hub.admin, cache=AdapterCache(tmp_path / "cache"), resolve_timeout_s=10.0)
+    source = AdapterSource(local={}, hub=reader, base_fingerprint="sha256:" + "0" * 64, limits=_PATIENT)
+    yield source
+    await source.close()
+    reader.close()
+
+
+async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(20):
+        while not await condition():
+            await asyncio.sleep(0.02)
+
+
+async def _is_told(source: AdapterSource) -> bool:
+    return source.is_told
+
+
+async def test_moved_channel_is_followed_by_its_event_alone(
+    hub: LiveHub, source: AdapterSource, folders: list[Path]
+) -> None:
+    first, second = folders
+    await asyncio.to_thread(push, hub, first)
+    events = HubEvents(source, hub.url, token=hub.admin)
+    events.start()
+    await _until(lambda: _is_told(source))
+    assert (await source.find("team/name")).digest == folder_digest(first)
+    await asyncio.to_thread(push, hub, second)
+
+    async def has_moved() -> bool:
+        return (await source.find("team/name")).digest == folder_digest(second)
+
+    await _until(has_moved)
+    reader = source._hub
+    assert isinstance(reader, _CountingReader)
+    assert reader.num_resolves == 2
+    await events.close()
+
+
+async def test_name_that_was_missing_is_found_as_soon_as_it_is_pushed(
+    hub: LiveHub, source: AdapterSource, folders: list[Path]
+) -> None:
+    events = HubEvents(source, hub.url, token=hub.admin)
+    events.start()
+    await _until(lambda: _is_told(source))
+    with pytest.raises(RepoNotFound):
+        await source.find("team/new")
+    await asyncio.to_thread(push, hub, folders[0], "team/new")
+
+    async def is_found() -> bool:
+        try:
+            return (await source.find("team/new")).digest == folder_digest(folders[0])
+        except RepoNotFound:
+            return False
+
+    await _until(is_found)
+    await events.close()
+
+
+async def test_channel_that_moved_while_the_hub_was_away_is_found_when_it_is_back(
+    tmp_path: Path, folders: list[Path]
+) -> None:
+    first, second = folders
+    root = tmp_path / "hub"
+    async with _hub_beside(root) as before:
+        port = int(before.url.rpartition(":")[2])
+        await asyncio.to_thread(push, before, first)
+        reader = HubReader(
+            before.url, token=before.admin, cache=AdapterCache(tmp_path / "cache"), resolve_timeout_s=10.0
+        )
+        source = AdapterSource(local={}, hub=reader, base_fingerprint="sha256:" + "0" * 64, limits=_PATIENT)
+        events = HubEvents(source, before.url, token=before.admin)
+        events.start()
+        await _until(lambda: _is_told(source))
+        assert (await source.find("team/name")).digest == folder_digest(first)
+
+    async def is_alone() -> bool:
+        return not source.is_told
+
+    await _until(is_alone)
+    assert (await source.find("team/name")).digest == folder_digest(first)
+    async with _hub_beside(root) as elsewhere:
+        # The same hub on another port: moved without anybody listening.
+        await asyncio.to_thread(push, elsewhere, second, token=before.admin)
+    async with _hub_beside(root, listen_port=port):
+        await _until(lambda: _is_told(source))
+        assert (await source.find("team/name")).digest == folder_digest(second)
+        await events.close()
+    await source.close()
+    reader.close()
+
+
+@contextlib.asynccontextmanager
+async def _hub_beside(root: Path, *, listen_port: int = 0) -> AsyncIterator[LiveHub]:
+    """A live hub that starts and stops beside this loop, which goes on."""
+    running = live_hub(root, listen_port=listen_port, event_heartbeat_s=0.2)
+    hub = await asyncio.to_thread(running.__enter__)
+    try:
+        yield hub
+    finally:
+        await asyncio.to_thread(running.__exit__, None, None, None)
+
+
+async def test_answer_that_a_change_has_overtaken_is_not_kept(tmp_path: Path) -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    class Slow:
+        digest = "1"
+
+        def resolve(self, ref: AdapterRef) -> ResolvedAdapter:
+            answer = ResolvedAdapter(
+                repo_id=ref.repo_id, revision=ref.revision, commit="0" * 40, digest=_digest(self.digest), version="v1",
+                base_id=None, base_fingerprint=None, rank=4, size_bytes=1,
+            )  # fmt: skip
+            loop.call_soon_threadsafe(asked.set)
+            asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(10)
+            return answer
+
+        def recall(self, ref: AdapterRef) -> ResolvedAdapter | None:
+            raise AssertionError(ref)
+
+        def cached(self, resolved: ResolvedAdapter) -> Path | None:
+            return tmp_path
+
+        def fetch(self, resolved: ResolvedAdapter) -> Path:
+            raise AssertionError(resolved)
+
+    hub = Slow()
+    source = AdapterSource(local={}, hub=hub, base_fingerprint="sha256:" + "0" * 64, limits=_PATIENT)
+    source.is_told = True
+    early = asyncio.create_task(source.find("team/name"))
+    await asked.wait()
+    hub.digest = "2"
+    source.forget("team/name")
+    go_on.set()
+    await early
+    assert (await source.find("team/name")).digest == _digest("2")
+    await source.close()
+
+
+def _digest(digit: str) -> Digest:
+    return Digest("sha256:" + digit * 64)
