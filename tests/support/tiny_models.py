@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loractl.adapters.base_loading import teach_layout
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -96,6 +98,7 @@ def make_baichuan_base(folder: Path, llama: Path) -> Path:
 
 def make_adapter(base: Path, folder: Path, *, seed: int = 0, std: float = 0.2, **settings: Any) -> Path:
     """Save a random PEFT adapter with non-zero B; `settings` go into LoraConfig."""
+    teach_layout(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     defaults: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **(defaults | settings)))
