@@ -18,6 +18,7 @@
     ├── Conflict                      CONFLICT                  409     5   somebody else changed it first
     │   └── ParentMoved               PARENT_MOVED              412     5   a commit on a head that is no longer there
     ├── Diverged                      DIVERGED                  500     6   training left the finite numbers
+    ├── Interrupted                   INTERRUPTED               500   130   a run was asked to stop, and saved its state
     ├── NotFound                      NOT_FOUND                 404     7
     │   ├── RepoNotFound              REPO_NOT_FOUND            404     7   also: private, and not yours
     │   ├── RevisionNotFound          REVISION_NOT_FOUND        404     7
@@ -135,6 +136,11 @@ class ParentMoved(Conflict):
 class Diverged(LoractlError):
     code = "DIVERGED"
     exit_code = 6
+
+
+class Interrupted(LoractlError):
+    code = "INTERRUPTED"
+    exit_code = 130
 
 
 class NotFound(LoractlError):

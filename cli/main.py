@@ -31,7 +31,7 @@ COMMANDS: dict[str, str] = {
 
 # One line each, so that the top help imports nothing; tests compare them with the commands' own.
 SUMMARIES: dict[str, str] = {
-    "train": "Train a LoRA adapter on a base model.",
+    "train": "Train LoRA adapters on a base model, one or many at once.",
     "plan": "Say what `train` would do, with memory and steps; loads no weights.",
     "push": "Put an adapter folder into the hub as the next version.",
     "pull": "Fetch an adapter from the hub.",

@@ -1,20 +1,18 @@
 """`loractl train` and `loractl plan`: flags to a recipe, progress to the terminal."""
 
-import json
-import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import click
 
-from loractl.cli.output import is_interactive, print_json, print_note
-
-_EVERY_S = 3.0
+from loractl.cli.output import print_error, print_json, print_note
+from loractl.cli.train_progress import ProgressPrinter
 
 
 def _recipe_options(command: Any) -> Any:
     options = (
-        click.argument("recipe", required=False, type=click.Path(path_type=Path, dir_okay=False)),
+        click.argument("recipe", nargs=-1),
         click.option("--base", help="Base model: a folder in transformers' format, or a hub repo id."),
         click.option("--data", multiple=True, help="Training file: .jsonl, .json, .csv or .tsv. May be repeated."),
         click.option("--out", type=click.Path(path_type=Path), help="Folder for the adapter."),
@@ -34,28 +32,94 @@ def _recipe_options(command: Any) -> Any:
 
 @click.command()
 @_recipe_options
-def train(*, as_json: bool, **flags: Any) -> None:
-    """Train a LoRA adapter on a base model.
+@click.option(
+    "--sweep", multiple=True, metavar="KEY=V,V", help="Train every combination: --sweep lr=1e-4,3e-4 rank=8,16."
+)
+@click.option(
+    "--resume", multiple=True, type=click.Path(path_type=Path), help="Go on with the unfinished run at this --out."
+)
+@click.option("--grouped", is_flag=True, help="Compute the rows of all adapters of a fleet in shared passes.")
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Also write TensorBoard events below this folder.")
+@click.option("--trackio", metavar="PROJECT", help="Also log to a trackio project.")
+@click.pass_context
+def train(
+    ctx: click.Context,
+    /,
+    *,
+    as_json: bool,
+    sweep: tuple[str, ...],
+    resume: tuple[Path, ...],
+    grouped: bool,
+    tensorboard: Path | None,
+    trackio: str | None,
+    **flags: Any,
+) -> None:
+    """Train LoRA adapters on a base model, one or many at once.
+
+    Several recipes, or a sweep, train over one base in one process; Ctrl-C saves, and --resume goes on.
 
     \b
     Examples:
       loractl train --preset article --base BASE --data reviews.csv --out runs/reviews
       loractl train recipe.lock.yaml --set train.epochs=2
+      loractl train a.yaml b.yaml
+      loractl train recipe.yaml --out runs/sweep --sweep lr=1e-4,3e-4 rank=8,16
+      loractl train --resume runs/reviews
+      torchrun --nproc-per-node 2 -m loractl.cli train recipe.yaml
     """
-    recipe = _recipe(flags)
-    from loractl.adapters.training.run import run
-    from loractl.adapters.training.saving import check_out
-
-    check_out(Path(recipe.out or "."))
-    with ProgressPrinter(as_json=as_json) as listener:
-        outcome = run(recipe, listener=listener)
-    facts = {"folder": str(outcome.folder), "digest": outcome.digest} | outcome.manifest.metrics
-    if as_json:
-        print_json(facts)
+    axes = sweep + tuple(name for name in flags["recipe"] if sweep and "=" in name)
+    flags["recipe"] = tuple(Path(name) for name in flags["recipe"] if name not in axes)
+    if resume:
+        tasks = _tasks_to_resume(resume, flags)
     else:
-        click.echo(outcome.digest)
-        print_note(f"saved {outcome.folder}")
-        print_note(f"next: loractl push {outcome.folder} TEAM/NAME")
+        recipes = _fleet_recipes(flags, axes)
+        from loractl.adapters.training.run import Task
+
+        tasks = [Task(recipe) for recipe in recipes]
+    from loractl.adapters.errors import Interrupted
+    from loractl.adapters.training.run import run_fleet
+    from loractl.adapters.training.saving import check_out
+    from loractl.adapters.training.trackers import trackers
+
+    for task in tasks:
+        check_out(Path(task.recipe.out or "."))
+    try:
+        with ProgressPrinter(as_json=as_json) as printer, trackers(tensorboard=tensorboard, trackio=trackio) as more:
+            listeners: list[Any] = [printer, *more]
+
+            def listener(run: str, event: Any) -> None:
+                for listen in listeners:
+                    listen(run, event)
+
+            outcomes = run_fleet(tasks, listener=listener, grouped=grouped)
+    except Interrupted as stop:
+        print_note(stop.message)
+        print_note(f"resume: {stop.hint}")
+        ctx.exit(stop.exit_code)
+    ctx.exit(_report(tasks, outcomes, as_json=as_json))
+
+
+def _report(tasks: Any, outcomes: Any, *, as_json: bool) -> int:
+    """Print what became of each adapter; returns the first failure's exit code, else 0."""
+    from loractl.adapters.errors import LoractlError
+
+    exit_code, facts = 0, []
+    for task, outcome in zip(tasks, outcomes, strict=False):  # processes beyond the first have no outcomes
+        if isinstance(outcome, LoractlError):
+            where = f"{task.recipe.out}: " if len(tasks) > 1 else ""
+            print_error(where + outcome.message, hint=outcome.hint)
+            exit_code = exit_code or outcome.exit_code
+            facts.append({"folder": task.recipe.out, "error": outcome.message})
+            continue
+        facts.append({"folder": str(outcome.folder), "digest": outcome.digest} | outcome.manifest.metrics)
+        if not as_json:
+            click.echo(outcome.digest)
+            held_out = outcome.manifest.metrics.get("eval_loss")
+            print_note(f"saved {outcome.folder}" + (f"  held-out loss {held_out:.4f}" if held_out is not None else ""))
+            print_note(f"next: loractl push {outcome.folder} TEAM/NAME")
+    if as_json and facts:
+        print_json(facts if len(tasks) > 1 else facts[0])
+    return exit_code
 
 
 @click.command()
@@ -67,7 +131,7 @@ def plan(*, as_json: bool, **flags: Any) -> None:
     Example:
       loractl plan --preset article --base BASE --data reviews.csv
     """
-    recipe = _recipe(flags)
+    recipe = _recipe(flags | {"recipe": Path(flags["recipe"][0]) if flags["recipe"] else None})
     from loractl.adapters.training.planning import make_plan
 
     facts = make_plan(recipe)
@@ -78,10 +142,63 @@ def plan(*, as_json: bool, **flags: Any) -> None:
         click.echo(f"{name:<24} {value:,}" if isinstance(value, int) else f"{name:<24} {value}")
 
 
-def _recipe(flags: dict[str, Any]) -> Any:
+def _fleet_recipes(flags: dict[str, Any], axes: tuple[str, ...]) -> list[Any]:
+    """Resolve every recipe of a fleet; flags apply to each, and --out is then the folder of all results."""
+    from loractl.adapters.errors import BadRecipe
+    from loractl.adapters.training.sweep import sweep_settings
+
+    files = flags["recipe"] or (None,)
+    points = sweep_settings(axes) if axes else [("", {})]
+    out, many = flags["out"], len(files) * len(points) > 1
+    recipes = []
+    for file in files:
+        for name, settings in points:
+            recipe = _recipe(flags | {"recipe": file}, settings)
+            if many and (axes or out):
+                if not recipe.out:
+                    raise BadRecipe("no place for the results", hint="--out DIR holds one folder for each")
+                parts = [file.stem if file and len(files) > 1 else "", name]
+                recipe.out = str(Path(recipe.out) / "-".join(part for part in parts if part))
+            recipes.append(recipe)
+    return recipes
+
+
+def _tasks_to_resume(folders: tuple[Path, ...], flags: dict[str, Any]) -> Any:
+    from loractl.adapters.errors import Conflict
+    from loractl.adapters.training.recipe import first_difference, parse_setting, with_settings
+    from loractl.adapters.training.run import tasks_to_resume
+
+    tasks = tasks_to_resume(folders)
+    given = _named(flags) | dict(parse_setting(text) for text in flags["settings"])
+    if flags["recipe"] or flags["preset"]:
+        given |= _flatten(_recipe(flags | {"recipe": flags["recipe"][0] if flags["recipe"] else None}))
+    for key in ("base", "out", "data.files", "adapter.start_from"):
+        given.pop(key, None)  # the checkpoint knows these by whole paths, and checks their content
+    for task in tasks:
+        difference = first_difference(task.recipe, with_settings(task.recipe, given))
+        if difference:
+            raise Conflict(
+                f"{task.recipe.out}: at the checkpoint {difference}",
+                hint="a run goes on with its own settings; begin anew with other ones",
+            )
+    return tasks
+
+
+def _flatten(recipe: Any) -> dict[str, Any]:
+    from loractl.adapters.training.recipe import flat_settings
+
+    return flat_settings(recipe)
+
+
+def _recipe(flags: dict[str, Any], more: Mapping[str, Any] | None = None) -> Any:
     from loractl.adapters.training.recipe import parse_setting, resolve_recipe
 
-    settings: dict[str, Any] = {}
+    settings = _named(flags) | dict(parse_setting(text) for text in flags["settings"]) | dict(more or {})
+    return resolve_recipe(preset=flags["preset"], file=flags["recipe"], settings=settings)
+
+
+def _named(flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings that have flags of their own, where they were given."""
     named = {
         "base": flags["base"],
         "out": str(flags["out"]) if flags["out"] else None,
@@ -92,77 +209,4 @@ def _recipe(flags: dict[str, Any]) -> Any:
         "adapter.rank": flags["rank"],
         "adapter.start_from": str(flags["start_from"]) if flags["start_from"] else None,
     }
-    settings |= {key: value for key, value in named.items() if value is not None}
-    settings |= dict(parse_setting(text) for text in flags["settings"])
-    return resolve_recipe(preset=flags["preset"], file=flags["recipe"], settings=settings)
-
-
-class ProgressPrinter:
-    """Shows progress: a bar on a terminal, a line every few seconds elsewhere, JSON lines when asked."""
-
-    def __init__(self, *, as_json: bool) -> None:
-        self._as_json = as_json
-        self._shown_at = 0.0
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Self:
-        if not self._as_json:
-            print_note("loading the base ...")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, event: Any) -> None:
-        from dataclasses import asdict
-
-        from loractl.adapters.training.events import Evaluated, Started, Stepped
-
-        if self._as_json:
-            click.echo(json.dumps({"event": type(event).__name__.lower()} | asdict(event)), err=True)
-        elif isinstance(event, Started):
-            self._show_start(event)
-        elif isinstance(event, Stepped):
-            self._show_step(event)
-        elif isinstance(event, Evaluated):
-            self._note(f"held-out loss {event.loss:.4f}")
-
-    def _note(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
-        else:
-            print_note(text)
-
-    def _show_start(self, event: Any) -> None:
-        dropped = f", {event.num_overlong_rows} left out as too long" if event.num_overlong_rows else ""
-        print_note(
-            f"{event.num_rows} rows{dropped}, {event.num_eval_rows} held out; {event.num_tokens:,} tokens, "
-            f"{event.num_learned_tokens:,} learned; {event.num_parameters:,} parameters; {event.num_steps} steps"
-        )
-        if is_interactive():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                TextColumn(
-                    "{task.completed}/{task.total}  loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} tok/s"
-                ),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task("training", total=event.num_steps, loss=0.0, rate=0.0)
-            self._bar.start()
-
-    def _show_step(self, event: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=event.step, loss=event.loss, rate=event.tokens_per_s)
-        elif event.step in {1, event.num_steps} or time.monotonic() - self._shown_at >= _EVERY_S:
-            self._shown_at = time.monotonic()
-            print_note(
-                f"step {event.step}/{event.num_steps}  loss {event.loss:.3f}  "
-                f"lr {event.learning_rate:.1e}  {event.tokens_per_s:.0f} tokens/s"
-            )
+    return {key: value for key, value in named.items() if value is not None}

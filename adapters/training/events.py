@@ -15,6 +15,7 @@ class Started:
     num_learned_tokens: int
     num_parameters: int
     num_steps: int
+    num_processes: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,5 +37,39 @@ class Evaluated:
     loss: float
 
 
-Progress = Started | Stepped | Evaluated
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint is on the disk; from here the run can go on after whatever happens."""
+
+    step: int
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """The run goes on after this many steps."""
+
+    step: int
+    folder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shrunk:
+    """Memory ran out: fewer rows at a time from now on, as many rows a step as before."""
+
+    step: int
+    num_rows: int
+    rows_per_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped:
+    """The run ended before its last step: early stopping, or an error that ends this run alone."""
+
+    step: int
+    reason: str
+    failed: bool
+
+
+Progress = Started | Stepped | Evaluated | Saved | Resumed | Shrunk | Stopped
 Listener = Callable[[Progress], None]

@@ -1,10 +1,11 @@
 """A recipe: every setting of a training run, from preset, file and flags, resolved and checked. Loads nothing."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import yaml
@@ -13,6 +14,7 @@ from loractl.adapters.base_loading import Dtype
 from loractl.adapters.errors import BadRecipe
 from loractl.adapters.manifest import Quantization
 
+_EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
 LOCK_FILE = "recipe.lock.yaml"
 
 
@@ -24,6 +26,10 @@ class AdapterPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     dropout: float = 0.0
     targets: list[str] = msgspec.field(default_factory=lambda: ["all-linear"])
     rslora: bool = False
+    dora: bool = False
+    """A magnitude per output beside the low-rank part; PEFT serves it, multi-adapter servers (ours too) do not."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "default"
+    """How A and B begin; pissa and olora are saved at twice the rank, so that the base stays what it is."""
     start_from: str | None = None
     """An adapter folder whose weights training starts from; rank and targets are then its own."""
 
@@ -34,12 +40,30 @@ class TrainPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     epochs: float = 1.0
     batch_size: int = 8
     accumulation: int = 1
-    learning_rate: float = 2e-4
+    learning_rate: float | Literal["auto"] = 2e-4
+    """`auto` follows the width of the base; the lock holds the number."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.03
-    """Share of the steps over which the rate rises; then it falls along a cosine."""
+    """Share of the steps over which the rate rises; then it follows the schedule."""
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """The 8-bit ones are bitsandbytes' and need CUDA."""
+    lora_plus: float | None = None
+    """How much faster B learns than A (LoRA+); None is the same rate for both."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
+    checkpoint_activations: bool | None = None
+    """Compute activations again in the backward pass; None decides by the memory there is."""
+    expand_int8: bool | None = None
+    """Hold int8 weights expanded while training on a CPU: faster, two or four bytes more a weight. None is yes."""
+    eval_every: int = 0
+    """Optimizer steps between evaluations; 0 is at the end alone, or each epoch where patience asks for it."""
+    patience: int = 0
+    """Evaluations without a better loss before the run stops; 0 never stops early."""
+    keep_best: bool = True
+    """Save the weights of the best evaluation, not the last ones, where there is more than one."""
+    save_every: int = 0
+    """Optimizer steps between checkpoints; 0 is every ten minutes."""
 
 
 class DataPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -78,6 +102,10 @@ def resolve_recipe(*, preset: str | None, file: Path | None, settings: Mapping[s
     for key, value in settings.items():
         _merge(merged, _nested(key, value))
     _check_keys(merged)
+    for part in ("adapter", "train"):
+        for key, value in merged.get(part, {}).items():
+            if isinstance(value, str) and _EXPONENT.match(value):
+                merged[part][key] = float(value)  # YAML 1.1 takes 1e-4 for text, people do not
     try:
         recipe = msgspec.convert(merged, Recipe)
     except msgspec.ValidationError as error:
@@ -105,6 +133,32 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise BadRecipe(f"--set {text!r} is not KEY=VALUE", hint="for example --set train.epochs=2")
     return key, yaml.safe_load(value)
+
+
+def first_difference(one: Recipe, other: Recipe) -> str | None:
+    """Name the first key whose value differs, with both values; None where the recipes are equal."""
+    ours, theirs = _flat(msgspec.to_builtins(one)), _flat(msgspec.to_builtins(other))
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            return f"{key} is {value!r}, not {theirs.get(key)!r}"
+    return None
+
+
+def flat_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return every setting under its dotted key."""
+    return _flat(msgspec.to_builtins(recipe))
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """Lay settings with dotted keys over a recipe; raises BadRecipe naming the key."""
+    return resolve_recipe(preset=None, file=None, settings=flat_settings(recipe) | dict(settings))
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {prefix + key: inner}
+    return flat
 
 
 def save_lock(recipe: Recipe, folder: Path) -> None:
@@ -161,7 +215,11 @@ def _check_values(recipe: Recipe) -> None:
         ("train.epochs", recipe.train.epochs, 0.001, 1000),
         ("train.batch_size", recipe.train.batch_size, 1, 4096),
         ("train.accumulation", recipe.train.accumulation, 1, 4096),
-        ("train.learning_rate", recipe.train.learning_rate, 1e-9, 1),
+        ("train.learning_rate", 1e-9 if recipe.train.learning_rate == "auto" else recipe.train.learning_rate, 1e-9, 1),
+        ("train.lora_plus", 1 if recipe.train.lora_plus is None else recipe.train.lora_plus, 1, 1000),
+        ("train.eval_every", recipe.train.eval_every, 0, 1 << 30),
+        ("train.patience", recipe.train.patience, 0, 1 << 30),
+        ("train.save_every", recipe.train.save_every, 0, 1 << 30),
         ("train.warmup", recipe.train.warmup, 0, 1),
         ("data.max_tokens", recipe.data.max_tokens, 8, 1 << 20),
         ("data.eval_share", recipe.data.eval_share, 0, 0.5),
@@ -169,6 +227,10 @@ def _check_values(recipe: Recipe) -> None:
     for key, value, low, high in limits:
         if not low <= value <= high:
             raise BadRecipe(f"{key}={value} is outside {low} to {high}")
+    if recipe.train.patience and not recipe.data.eval_share:
+        raise BadRecipe("train.patience needs held-out rows to judge by", hint="data.eval_share=0.05")
+    if recipe.adapter.dora and recipe.adapter.init in {"pissa", "olora"}:
+        raise BadRecipe(f"adapter.dora and adapter.init={recipe.adapter.init} cannot be saved together")
     template = recipe.data.template
     if template is not None and ("{text}" not in template or not template.endswith("{label}")):
         raise BadRecipe(

@@ -1,22 +1,41 @@
 """One training run from recipe to adapter folder: read, check, load, train, evaluate, save. Knows no terminal."""
 
+import json
 import random
-import time
-import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from loractl.adapters.base_identity import BaseIdentity, identify_base
 from loractl.adapters.base_source import resolve_base
 from loractl.adapters.digest import folder_digest
-from loractl.adapters.errors import BadRecipe, Incompatible
+from loractl.adapters.errors import BadRecipe, Incompatible, LoractlError, UsageError
 from loractl.adapters.manifest import BasePin, DataRecord, Manifest
 from loractl.adapters.reference import Digest
-from loractl.adapters.training.events import Listener, Started
+from loractl.adapters.training.checkpoint import (
+    Checkpoint,
+    Facts,
+    check_no_unfinished,
+    check_unchanged,
+    find_checkpoints,
+    gather_facts,
+    remove_checkpoints,
+)
+from loractl.adapters.training.distributed import World, joined, read_world
+from loractl.adapters.training.events import Listener, Progress, Resumed, Started
 from loractl.adapters.training.examples import Example, prepare_examples
+from loractl.adapters.training.interrupt import stop_requests
+from loractl.adapters.training.rate import auto_rate
 from loractl.adapters.training.recipe import Recipe
 from loractl.adapters.training.rows import Row, read_rows, rows_digest
+
+if TYPE_CHECKING:
+    from loractl.adapters.training.member import Member
+    from loractl.adapters.training.trunk import Trunk
 
 _NUM_PROBES = 8
 
@@ -43,6 +62,14 @@ class Outcome:
     manifest: Manifest
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One adapter to make: from its beginning, or from where a checkpoint left it."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint | None = None
+
+
 def prepare(recipe: Recipe) -> Inputs:
     """Read and check everything but the weights; raises before a single step what would fail later."""
     from loractl.adapters.base_loading import load_tokenizer
@@ -57,27 +84,109 @@ def prepare(recipe: Recipe) -> Inputs:
     prepared = prepare_examples(rows, tokenizer, template=recipe.data.template, max_tokens=recipe.data.max_tokens)
     train, held_out = _split(prepared.examples, share=recipe.data.eval_share, seed=recipe.train.seed)
     identity = identify_base(source.folder, base_id=source.id)
+    if recipe.adapter.start_from:
+        _check_parent(Path(recipe.adapter.start_from), identity)
     return Inputs(source.folder, source.revision, identity, rows, train, held_out, prepared.num_overlong)
 
 
 def run(recipe: Recipe, *, listener: Listener) -> Outcome:
     """Train one adapter and save it; the folder is complete or not there."""
-    if not recipe.out:
-        raise BadRecipe("no place for the result", hint="--out DIR")
-    inputs = prepare(recipe)
+    (outcome,) = run_fleet([Task(recipe)], listener=lambda _, event: listener(event))
+    if isinstance(outcome, LoractlError):
+        raise outcome
+    return outcome
 
+
+def tasks_to_resume(folders: Sequence[Path]) -> list[Task]:
+    """Find the unfinished runs at these folders; raises NotFound where there is none."""
+    return [Task(found.record.recipe, found) for folder in folders for found in find_checkpoints(folder)]
+
+
+def run_fleet(
+    tasks: Sequence[Task], *, listener: Callable[[str, Progress], None], grouped: bool = False
+) -> list[Outcome | LoractlError]:
+    """Train adapters over one base in one process; an adapter that fails alone is returned as its error.
+
+    Where several processes train together, only the first returns outcomes. Raises Interrupted, the state saved.
+    """
+    world = read_world()
+    if grouped and world.size > 1:
+        raise UsageError("--grouped is for one process", hint="without --grouped the members take turns")
+    tasks = [_resolved(task) for task in tasks]
+    _check_tasks(tasks, fresh_start=world.is_first)
+    inputs = [prepare(task.recipe) for task in tasks]
+    for task, one in zip(tasks, inputs, strict=True):
+        if task.recipe.train.batch_size * task.recipe.train.accumulation < world.size:
+            raise UsageError(f"{world.size} processes share fewer rows a step", hint="a larger train.batch_size")
+        if task.checkpoint:
+            check_unchanged(task.checkpoint.record, _facts(task.recipe, one), world)
+    with joined(world), stop_requests() as should_stop:
+        return _train(tasks, inputs, world, listener=listener, grouped=grouped, should_stop=should_stop)
+
+
+def _train(
+    tasks: Sequence[Task],
+    inputs: Sequence[Inputs],
+    world: World,
+    *,
+    listener: Callable[[str, Progress], None],
+    grouped: bool,
+    should_stop: Callable[[], bool],
+) -> list[Outcome | LoractlError]:
     from loractl.adapters.base_loading import load_base_model
-    from loractl.adapters.training.expanded import expanded_weights
-    from loractl.adapters.training.loop import evaluate, num_steps, run_steps
-    from loractl.adapters.training.probes import make_probes
-    from loractl.adapters.training.saving import save_adapter
+    from loractl.adapters.training.checkpoint import load_checkpoint
+    from loractl.adapters.training.fleet import Fleet
+    from loractl.adapters.training.grouped import check_groupable
+    from loractl.adapters.training.trunk import Trunk
 
-    base = load_base_model(inputs.folder, quantization=recipe.quantize, dtype=recipe.dtype)
-    if base.device.type == "cpu":
-        # Torch's fused attention takes a fifth more time than plain products here, for short padded rows in bfloat16.
-        base.set_attn_implementation("eager")
-    model, parent = _attach_adapter(base, recipe, inputs)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    recipe = tasks[0].recipe
+    trunk = Trunk(load_base_model(inputs[0].folder, quantization=recipe.quantize, dtype=recipe.dtype))
+    names = ["default"] if len(tasks) == 1 else [f"member{number}" for number in range(len(tasks))]
+    states = [
+        trunk.attach(name, task.recipe, revision=one.revision, examples=one.train, fresh=task.checkpoint is None)
+        for name, task, one in zip(names, tasks, inputs, strict=True)
+    ]
+    trunk.ready(quantize=recipe.quantize, expand_int8=recipe.train.expand_int8 is not False)
+    members: list[Member] = []
+    for name, task, one, rng in zip(names, tasks, inputs, states, strict=True):
+        tell = partial(listener, Path(task.recipe.out).name) if world.is_first else _tell_nobody
+        member = _member(name, task, one, trunk=trunk, rng=rng, world=world, listener=tell)
+        if task.checkpoint:
+            load_checkpoint(task.checkpoint, member, world)
+            tell(Resumed(step=member.state.step, folder=str(task.checkpoint.folder.parent)))
+        members.append(member)
+    if grouped:
+        check_groupable(members)
+    done: dict[str, Outcome | LoractlError] = {}
+
+    def finish(member: "Member") -> None:
+        index = names.index(member.name)
+        if world.is_first:
+            done[member.name] = _save(member, tasks[index], inputs[index])
+        trunk.remove(member.name)
+
+    facts = {name: _facts(task.recipe, one) for name, task, one in zip(names, tasks, inputs, strict=True)}
+    fleet = Fleet(members, facts, world, finish, grouped)
+    fleet.train(should_stop)
+    done |= fleet.failures
+    return [done[name] for name in names if name in done]
+
+
+def _member(
+    name: str, task: Task, inputs: Inputs, *, trunk: "Trunk", rng: Any, world: World, listener: Listener
+) -> "Member":
+    from loractl.adapters.training.member import Member
+
+    member = Member(
+        name,
+        task.recipe,
+        trunk=trunk,
+        train=inputs.train,
+        held_out=inputs.held_out,
+        rng=rng,
+        world=world,
+        listener=listener,
+    )
     listener(
         Started(
             num_rows=len(inputs.train),
@@ -85,27 +194,85 @@ def run(recipe: Recipe, *, listener: Listener) -> Outcome:
             num_overlong_rows=inputs.num_overlong,
             num_tokens=sum(len(example.ids) for example in inputs.train),
             num_learned_tokens=sum(example.num_learned for example in inputs.train),
-            num_parameters=num_parameters,
-            num_steps=num_steps(len(inputs.train), recipe.train),
+            num_parameters=sum(parameter.numel() for parameter in member.tensors),
+            num_steps=member.num_steps,
+            num_processes=world.size,
         )
     )
-    start = time.perf_counter()
-    device = next(model.parameters()).device
-    if recipe.quantize == "int8" and device.type == "cpu":
-        with expanded_weights(model, dtype=base.dtype):
-            curve = run_steps(model, inputs.train, recipe.train, listener=listener)
-    else:
-        curve = run_steps(model, inputs.train, recipe.train, listener=listener)
-    metrics = {"train_seconds": round(time.perf_counter() - start, 3), "train_loss": curve[-1][1]}
-    if inputs.held_out:
-        metrics["eval_loss"] = round(evaluate(model, inputs.held_out, step=len(curve), listener=listener), 6)
+    return member
+
+
+def _save(member: "Member", task: Task, inputs: Inputs) -> Outcome:
+    """Write the finished adapter with its record, and remove the checkpoints that it no longer needs."""
+    from loractl.adapters.training.curve import loss_svg
+    from loractl.adapters.training.member import member_facts
+    from loractl.adapters.training.probes import make_probes
+    from loractl.adapters.training.saving import save_adapter
+
+    recipe, trunk = task.recipe, member.trunk
+    member.use_best()
+    parent = folder_digest(Path(recipe.adapter.start_from)) if recipe.adapter.start_from else None
+    num_parameters = sum(parameter.numel() for parameter in member.tensors)
     manifest = _manifest(recipe, inputs, num_parameters=num_parameters, parent=parent)
-    manifest.metrics, manifest.loss_curve = metrics, curve
-    manifest.targets = sorted(model.peft_config["default"].target_modules)
-    manifest.rank = model.peft_config["default"].r
-    manifest.probes = make_probes(model, (inputs.held_out or inputs.train)[:_NUM_PROBES])
-    folder = save_adapter(model, manifest, recipe, Path(recipe.out))
+    manifest.metrics, manifest.loss_curve = member_facts(member), member.state.curve
+    config = trunk.model.peft_config[member.name]
+    start = dict(trunk.start(member.name))
+    manifest.targets = sorted(config.target_modules)
+    manifest.rank = config.r * (2 if start else 1)
+    with trunk.as_served(member.name):
+        manifest.probes = make_probes(trunk.model, (inputs.held_out or inputs.train)[:_NUM_PROBES])
+    folder = save_adapter(
+        trunk.model,
+        manifest,
+        recipe,
+        Path(recipe.out),
+        name=member.name,
+        start=start,
+        extra_files={"loss.svg": loss_svg(member.state.curve, member.state.evals, title=Path(recipe.out).name)},
+    )
+    remove_checkpoints(Path(recipe.out))
     return Outcome(folder, folder_digest(folder), manifest)
+
+
+def _facts(recipe: Recipe, inputs: Inputs) -> Facts:
+    return gather_facts(recipe, base_fingerprint=inputs.identity.fingerprint, examples=[inputs.train, inputs.held_out])
+
+
+def _tell_nobody(event: Progress) -> None:
+    """Only the first of several processes speaks."""
+    del event
+
+
+def _resolved(task: Task) -> Task:
+    """Replace what a recipe leaves to the base by its value, which the lock then holds."""
+    recipe = task.recipe
+    if recipe.train.learning_rate != "auto" or not recipe.base:
+        return task
+    config = json.loads((resolve_base(recipe.base).folder / "config.json").read_text())
+    rate = auto_rate(int(config["hidden_size"]), model_type=str(config.get("model_type", "")))
+    train = msgspec.structs.replace(recipe.train, learning_rate=rate)
+    return Task(msgspec.structs.replace(recipe, train=train), task.checkpoint)
+
+
+def _check_tasks(tasks: Sequence[Task], *, fresh_start: bool) -> None:
+    first = tasks[0].recipe
+    places: set[Path] = set()
+    for task in tasks:
+        recipe = task.recipe
+        if not recipe.out:
+            raise BadRecipe("no place for the result", hint="--out DIR")
+        for key in ("base", "quantize", "dtype"):
+            if getattr(recipe, key) != getattr(first, key):
+                raise BadRecipe(
+                    f"{recipe.out}: {key} is {getattr(recipe, key)!r}, but {first.out} has {getattr(first, key)!r}",
+                    hint="a fleet trains over one base, held in one way",
+                )
+        place = Path(recipe.out).resolve()
+        if place in places:
+            raise BadRecipe(f"two recipes of the fleet write to {recipe.out}", hint="give each its own out")
+        places.add(place)
+        if fresh_start and task.checkpoint is None:
+            check_no_unfinished(Path(recipe.out))
 
 
 def _split(examples: list[Example], *, share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -117,40 +284,6 @@ def _split(examples: list[Example], *, share: float, seed: int) -> tuple[list[Ex
     chosen = set(order[:num_held_out])
     held_out = [example for index, example in enumerate(examples) if index in chosen]
     return [example for index, example in enumerate(examples) if index not in chosen], held_out
-
-
-def _attach_adapter(base: Any, recipe: Recipe, inputs: Inputs) -> tuple[Any, Digest | None]:
-    import torch
-
-    torch.manual_seed(recipe.train.seed)
-    with warnings.catch_warnings():
-        # PEFT asks a transformers model by a name that transformers has deprecated.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        return _wrap(base, recipe, inputs)
-
-
-def _wrap(base: Any, recipe: Recipe, inputs: Inputs) -> tuple[Any, Digest | None]:
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    from loractl.adapters.training.targets import resolve_targets
-
-    part = recipe.adapter
-    if part.start_from:
-        parent = Path(part.start_from)
-        digest = folder_digest(parent)
-        _check_parent(parent, inputs.identity)
-        model = PeftModel.from_pretrained(base, str(parent), is_trainable=True)
-        return model, digest
-    config = LoraConfig(
-        r=part.rank,
-        lora_alpha=part.alpha,  # pyright: ignore[reportArgumentType] - PEFT scales by any number
-        lora_dropout=part.dropout,
-        target_modules=resolve_targets(base, part.targets),
-        use_rslora=part.rslora,
-        task_type="CAUSAL_LM",
-        revision=inputs.revision,
-    )
-    return get_peft_model(base, config), None
 
 
 def _check_parent(folder: Path, identity: BaseIdentity) -> None:
@@ -167,8 +300,6 @@ def _check_parent(folder: Path, identity: BaseIdentity) -> None:
 def _manifest(recipe: Recipe, inputs: Inputs, *, num_parameters: int, parent: Digest | None) -> Manifest:
     import datetime
     import importlib.metadata
-
-    import msgspec
 
     identity = inputs.identity
     settings = msgspec.to_builtins(recipe)

@@ -33,8 +33,9 @@ def linear_names(model: Any) -> Counter[str]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
+    # A layer that already has an adapter is still the base's, under the name that it had.
     return Counter(
-        name.rpartition(".")[2]
+        name.removesuffix(".base_layer").rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and ".lora_" not in name
     )

@@ -1,0 +1,126 @@
+"""Rows of many adapters in one forward pass: the base's products are done once over all rows. Knows no files.
+
+Every LoRA layer multiplies all rows by all adapters' A at once, keeps for each row the columns of its own adapter, and
+multiplies by all B: two products and a mask, whatever the ranks and wherever an adapter has no such layer. The rows of
+one step have one loss; its gradient falls apart into the adapters' own, for no weight is shared. Serving does the same
+thing by segments with the slots' kernels; this one can be differentiated.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+from loractl.adapters.errors import Diverged, Unsupported
+from loractl.adapters.training.batches import MICRO_BATCH_TOKENS, collate
+from loractl.adapters.training.examples import Example
+from loractl.adapters.training.loss import learned_positions, position_losses
+from loractl.adapters.training.member import Member, learned_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    owner: int
+    example: Example
+
+
+def check_groupable(members: Sequence[Member]) -> None:
+    """Raise Unsupported naming the first member that only a pass of its own can train."""
+    for member in members:
+        part = member.recipe.adapter
+        if part.dora or part.init in {"pissa", "olora"}:
+            what = "dora" if part.dora else f"init={part.init}"
+            raise Unsupported(
+                f"{member.recipe.out}: adapter.{what} cannot share a forward pass", hint="without --grouped"
+            )
+
+
+def grouped_step(members: Sequence[Member]) -> list[tuple[Member, Diverged]]:
+    """Do one optimizer step of every member in shared passes; returns those that diverged, the others have stepped."""
+    start = time.perf_counter()
+    model = members[0].trunk.model
+    members[0].trunk.activate_group([member.name for member in members])
+    batches = [member.batch() for member in members]
+    counts = torch.tensor([float(learned_tokens(batch)) for batch in batches], device=members[0].trunk.device)
+    losses = torch.zeros(len(members))
+    rows = [_Row(owner, example) for owner, batch in enumerate(batches) for example in batch]
+    wanted = min(member.recipe.train.batch_size for member in members)
+    for micro in _micros(rows, num_rows=wanted):
+        owners = torch.tensor([row.owner for row in micro], device=members[0].trunk.device)
+        tensors = collate([row.example for row in micro], members[0].trunk.device)
+        with members[0].own_randomness(), _grouped_layers(model, members, owners):
+            before, targets, row_of = learned_positions(model, tensors)
+        owner_of = owners[row_of]
+        parts = position_losses(model, before, targets) / counts[owner_of]
+        parts.sum().backward()  # type: ignore[no-untyped-call]
+        losses.index_add_(0, owner_of.cpu(), parts.detach().float().cpu())
+    failed = []
+    for member, batch, loss in zip(members, batches, losses.tolist(), strict=True):
+        try:
+            member.finish_step(loss, batch, start=start)
+        except Diverged as error:
+            failed.append((member, error))
+    return failed
+
+
+def _micros(rows: Sequence[_Row], *, num_rows: int) -> Iterator[list[_Row]]:
+    """Cut the rows of all members by length, as a member alone would; more rows share a pass, none is longer."""
+    micro: list[_Row] = []
+    for row in sorted(rows, key=lambda row: len(row.example.ids)):
+        if len(micro) >= num_rows and (len(micro) + 1) * len(row.example.ids) > 2 * MICRO_BATCH_TOKENS:
+            yield micro
+            micro = []
+        micro.append(row)
+    yield micro
+
+
+@contextmanager
+def _grouped_layers(model: Any, members: Sequence[Member], owners: torch.Tensor) -> Iterator[None]:
+    """Replace the forward of every LoRA layer by the grouped one, for one forward pass."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        object.__setattr__(layer, "forward", _Grouped(layer, members, owners))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            object.__delattr__(layer, "forward")
+
+
+class _Grouped:
+    """The forward pass of one LoRA layer for rows of several owners."""
+
+    def __init__(self, layer: Any, members: Sequence[Member], owners: torch.Tensor) -> None:
+        self._layer = layer
+        self._names = [(index, member.name) for index, member in enumerate(members) if member.name in layer.lora_A]
+        self._owners = owners
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        base: torch.Tensor = self._layer.base_layer(x)
+        if not self._names:
+            return base
+        layer = self._layer
+        downs = [layer.lora_A[name].weight for _, name in self._names]
+        ups = [layer.lora_B[name].weight * layer.scaling[name] for _, name in self._names]
+        columns = torch.cat(
+            [
+                torch.full((down.shape[0],), index, device=x.device)
+                for (index, _), down in zip(self._names, downs, strict=True)
+            ]
+        )
+        own = (self._owners.unsqueeze(1) == columns).to(downs[0].dtype).unsqueeze(1)  # [rows, 1, all ranks]
+        inputs = self._dropped(x.to(downs[0].dtype))
+        inner = (inputs @ torch.cat(downs).T) * own
+        return base + (inner @ torch.cat(ups, dim=1).T).to(base.dtype)
+
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        rates = dict.fromkeys(range(int(self._owners.max()) + 1), 0.0)
+        rates |= {index: float(getattr(self._layer.lora_dropout[name], "p", 0.0)) for index, name in self._names}
+        if not any(rates.values()):
+            return x
+        keep = 1.0 - torch.tensor([rates[owner] for owner in self._owners.tolist()], device=x.device).view(-1, 1, 1)
+        return x * (torch.rand_like(x) < keep) / keep
