@@ -14,7 +14,7 @@ from loractl.adapters.manifest import load_manifest
 from loractl.adapters.training.distributed import World, read_world
 from tiny_models import make_tiny_base
 
-WORDS = "quick brown fox jumps lazy dog film charm sense positive negative great".split()
+WORDS = ["quick", "brown", "fox", "jumps", "lazy", "dog", "film", "charm", "sense", "positive", "negative", "great"]
 
 
 @pytest.mark.slow
