@@ -1,9 +1,9 @@
 """Rows of many adapters in one forward pass: the base's products are done once over all rows. Knows no files.
 
-Every LoRA layer multiplies all rows by all adapters' A at once, keeps for each row the columns of its own adapter, and
-multiplies by all B: two products and a mask, whatever the ranks and wherever an adapter has no such layer. The rows of
-one step have one loss; its gradient falls apart into the adapters' own, for no weight is shared. Serving does the same
-thing by segments with the slots' kernels; this one can be differentiated.
+Rows lie by owner. Every LoRA layer multiplies all of them by the base's weight at once, and each owner's rows by its own A
+and B, whatever the ranks and wherever an adapter has no such layer. The rows of one step have one loss; its gradient falls
+apart into the adapters' own, for no weight is shared. Products over all adapters with a mask would be fewer, but a
+member that overflows would turn its neighbours' gradients into NaN: zero times infinity.
 """
 
 import time
@@ -50,9 +50,15 @@ def grouped_step(members: Sequence[Member]) -> list[tuple[Member, Diverged]]:
     rows = [_Row(owner, example) for owner, batch in enumerate(batches) for example in batch]
     wanted = min(member.recipe.train.batch_size for member in members)
     for micro in _micros(rows, num_rows=wanted):
+        micro.sort(key=lambda row: row.owner)
         owners = torch.tensor([row.owner for row in micro], device=members[0].trunk.device)
+        segments = [
+            (member.name, num_rows)
+            for index, member in enumerate(members)
+            if (num_rows := sum(row.owner == index for row in micro))
+        ]
         tensors = collate([row.example for row in micro], members[0].trunk.device)
-        with members[0].own_randomness(), _grouped_layers(model, members, owners):
+        with members[0].own_randomness(), _grouped_layers(model, segments):
             before, targets, row_of = learned_positions(model, tensors)
         owner_of = owners[row_of]
         parts = position_losses(model, before, targets) / counts[owner_of]
@@ -79,11 +85,11 @@ def _micros(rows: Sequence[_Row], *, num_rows: int) -> Iterator[list[_Row]]:
 
 
 @contextmanager
-def _grouped_layers(model: Any, members: Sequence[Member], owners: torch.Tensor) -> Iterator[None]:
+def _grouped_layers(model: Any, segments: Sequence[tuple[str, int]]) -> Iterator[None]:
     """Replace the forward of every LoRA layer by the grouped one, for one forward pass."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
-        object.__setattr__(layer, "forward", _Grouped(layer, members, owners))
+        object.__setattr__(layer, "forward", _Grouped(layer, segments))
     try:
         yield
     finally:
@@ -92,35 +98,23 @@ def _grouped_layers(model: Any, members: Sequence[Member], owners: torch.Tensor)
 
 
 class _Grouped:
-    """The forward pass of one LoRA layer for rows of several owners."""
+    """The forward pass of one LoRA layer for rows of several owners, the owners in order."""
 
-    def __init__(self, layer: Any, members: Sequence[Member], owners: torch.Tensor) -> None:
-        self._layer = layer
-        self._names = [(index, member.name) for index, member in enumerate(members) if member.name in layer.lora_A]
-        self._owners = owners
+    def __init__(self, layer: Any, segments: Sequence[tuple[str, int]]) -> None:
+        self._layer, self._segments = layer, segments
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        base: torch.Tensor = self._layer.base_layer(x)
-        if not self._names:
-            return base
         layer = self._layer
-        downs = [layer.lora_A[name].weight for _, name in self._names]
-        ups = [layer.lora_B[name].weight * layer.scaling[name] for _, name in self._names]
-        columns = torch.cat(
-            [
-                torch.full((down.shape[0],), index, device=x.device)
-                for (index, _), down in zip(self._names, downs, strict=True)
-            ]
-        )
-        own = (self._owners.unsqueeze(1) == columns).to(downs[0].dtype).unsqueeze(1)  # [rows, 1, all ranks]
-        inputs = self._dropped(x.to(downs[0].dtype))
-        inner = (inputs @ torch.cat(downs).T) * own
-        return base + (inner @ torch.cat(ups, dim=1).T).to(base.dtype)
-
-    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
-        rates = dict.fromkeys(range(int(self._owners.max()) + 1), 0.0)
-        rates |= {index: float(getattr(self._layer.lora_dropout[name], "p", 0.0)) for index, name in self._names}
-        if not any(rates.values()):
-            return x
-        keep = 1.0 - torch.tensor([rates[owner] for owner in self._owners.tolist()], device=x.device).view(-1, 1, 1)
-        return x * (torch.rand_like(x) < keep) / keep
+        base: torch.Tensor = layer.base_layer(x)
+        lengths = [num_rows for _, num_rows in self._segments]
+        parts = []
+        for (name, _), rows, result in zip(
+            self._segments, torch.split(x, lengths), torch.split(base, lengths), strict=True
+        ):
+            if name in layer.lora_A:
+                down = layer.lora_A[name]
+                inner = down(layer.lora_dropout[name](rows.to(down.weight.dtype)))
+                parts.append(result + (layer.lora_B[name](inner) * layer.scaling[name]).to(result.dtype))
+            else:
+                parts.append(result)
+        return torch.cat(parts)
