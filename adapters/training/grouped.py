@@ -1,9 +1,9 @@
 """Rows of many adapters in one forward pass: the base's products are done once over all rows. Knows no files.
 
-Rows lie by owner. Every LoRA layer multiplies all of them by the base's weight at once, and each owner's rows by its own A
-and B, whatever the ranks and wherever an adapter has no such layer. The rows of one step have one loss; its gradient falls
-apart into the adapters' own, for no weight is shared. Products over all adapters with a mask would be fewer, but a
-member that overflows would turn its neighbours' gradients into NaN: zero times infinity.
+Rows lie by owner. Every LoRA layer multiplies all of them by the base's weight at once, and each owner's rows by its
+own A and B, whatever the ranks and wherever an adapter has no such layer. The rows of one step have one loss; its
+gradient falls apart into the adapters' own, for no weight is shared. Products over all adapters with a mask would be
+fewer, but a member that overflows would turn its neighbours' gradients into NaN: zero times infinity.
 """
 
 import time
