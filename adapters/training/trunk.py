@@ -151,7 +151,7 @@ class Trunk:
         else:
             self.model.load_adapter(str(folder), name, is_trainable=True)
 
-    def _start_from_base(self, name: str, init: str) -> None:
+    def _start_from_base(self, name: str, init: Any) -> None:
         """Let PEFT take A and B from a float copy of each weight, one layer at a time."""
         for layer in self._layers(name):
             plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
