@@ -37,7 +37,7 @@ def _input_is_held(call: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     output = call(inside)
     del inside
     gc.collect()
-    uses = int(torch._C._storage_Use_Count(storage._cdata))  # type: ignore[attr-defined]
+    uses = int(torch._C._storage_Use_Count(storage._cdata))
     assert output.requires_grad
     return uses > 1
 
