@@ -25,6 +25,8 @@ from loractl.server.openai_wire import MAX_CHOICES, ChatRequest, Common, Complet
 from loractl.server.replies import ChatWriter, Frame, TextWriter, Writer, streamed_answer, whole_answer
 from loractl.server.serving import Serving
 from loractl.server.stream import ClientGone, EventStream, SlowReader, unless_gone
+from loractl.server.tool_plan import plan_tools
+from loractl.server.tool_replies import ToolWriter
 from loractl.server.watch import Watch
 
 _REASONS = {
@@ -65,20 +67,21 @@ class _Generation:
         serving = self._serving
         body = decode_body(await read_body(self._request, serving.settings), ChatRequest)
         self._check(body)
-        if body.tools and body.tool_choice != "none":
-            # Rendering tools without reading the calls out of the answer would look like an answer and be none.
-            raise BadRequest("tools are not served", hint='leave them out, or set tool_choice to "none"', field="tools")
+        plan = plan_tools(body, serving.prompts.tokenizer)
         with self._counted():
             adapters = await serving.adapters_of(body)
             prompt = await serving.prompts.from_chat(
                 body.messages,
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
+                tools=plan.tools if plan is not None else (),
+                opening=plan.opening if plan is not None else "",
             )
             sampling = chat_sampling(body, num_prompt_tokens=len(prompt), limits=serving.limits)
             asked = self._asked(body, sampling, adapters)
             frame = self._frame(body, asked, "chatcmpl", with_logprobs=bool(body.logprobs))
-            return await self._answer(body, asked, [prompt], frame, ChatWriter())
+            writer = ChatWriter() if plan is None else ToolWriter(plan)
+            return await self._answer(body, asked, [prompt], frame, writer)
 
     async def answer_completion(self) -> ASGIApp:
         serving = self._serving
@@ -159,7 +162,7 @@ class _Generation:
         try:
             if not body.stream:
                 content = await unless_gone(receive, whole_answer(watch, frame, writer))
-                return _ready_made(content, headers)
+                return _ready_made(content, headers | _waited(watch))
             chunks = streamed_answer(watch, frame, writer)
             # Until the first token, a failure is still an HTTP status.
             first = await unless_gone(receive, anext(chunks))
@@ -173,7 +176,7 @@ class _Generation:
         serving.quotas.hold(self._key)
         return EventStream(
             _chained(first, chunks),
-            headers=headers,
+            headers=headers | _waited(watch),
             on_close=lambda error: self._stream_closed(watch, error),
             write_timeout_s=serving.settings.write_timeout_s,
         )
@@ -212,6 +215,15 @@ async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[by
     yield first
     async for chunk in rest:
         yield chunk
+
+
+def _waited(watch: Watch) -> dict[str, str]:
+    """How long the first sequence waited, for its turn and for its adapter, in milliseconds."""
+    timing = watch.timing
+    if timing is None:
+        return {}
+    queued_s = max(0.0, timing.queued_s - timing.adapter_wait_s)
+    return {"x-loractl-queue-ms": f"{queued_s * 1e3:.1f}", "x-loractl-load-ms": f"{timing.adapter_wait_s * 1e3:.1f}"}
 
 
 def _ready_made(content: bytes, headers: dict[str, str], *, status: int = 200) -> ASGIApp:

@@ -49,8 +49,12 @@ class Prompts:
         tools: Sequence[Tool] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        opening: str = "",
     ) -> tuple[int, ...]:
-        """Render the base's chat template and tokenize it; raises BadRequest(field=messages) where it cannot."""
+        """Render the base's chat template and tokenize it; raises BadRequest(field=messages) where it cannot.
+
+        `opening` is a beginning that the answer must have; it is put behind what the template wrote.
+        """
         if continue_final_message and add_generation_prompt:
             raise BadRequest(
                 "continue_final_message excludes add_generation_prompt",
@@ -68,7 +72,7 @@ class Prompts:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
-            return self._encode(text, special=False)
+            return self._encode(text + opening, special=False)
 
         if self.tokenizer.chat_template is None:
             raise BadRequest("this base has no chat template", hint="use /v1/completions", field="messages")

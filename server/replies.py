@@ -131,7 +131,8 @@ def usage_of(finished: Iterable[Finished], num_choices: int) -> Usage:
     return Usage(prompt, output, prompt + output, PromptDetails(cached))
 
 
-def _reason(finished: Finished) -> FinishReason:
+def finish_reason(finished: Finished) -> FinishReason:
+    """OpenAI's word for how a sequence ended."""
     return "abort" if finished.reason == "cancelled" else finished.reason
 
 
@@ -140,11 +141,12 @@ class ChatWriter:
 
     def body(self, frame: Frame, written: Sequence[Written]) -> bytes:
         ends = [each.finished for each in written if each.finished is not None]
+        messages = [self.message(index, each) for index, each in enumerate(written)]
         choices = [
             ChatChoice(
                 index=index,
-                message=MessageOut("".join(each.text)),
-                finish_reason=_reason(end),
+                message=messages[index][0],
+                finish_reason=messages[index][1],
                 logprobs=chat_logprobs(frame, each.tokens),
                 stop_reason=end.stop_reason,
             )
@@ -160,9 +162,15 @@ class ChatWriter:
         )
         return _encoder.encode(reply)
 
+    def message(self, index: int, written: Written) -> tuple[MessageOut, FinishReason]:
+        """The message of a sequence that has ended, and how it ended."""
+        del index
+        assert written.finished is not None
+        return MessageOut("".join(written.text)), finish_reason(written.finished)
+
     def opening(self, frame: Frame, num_sequences: int) -> bytes:
         return b"".join(
-            self._chunk(frame, ChatChunkChoice(index, Delta(role="assistant", content="")))
+            self.chunk(frame, ChatChunkChoice(index, Delta(role="assistant", content="")))
             for index in range(num_sequences)
         )
 
@@ -170,18 +178,19 @@ class ChatWriter:
         text, logprobs = "".join(part.text), chat_logprobs(frame, part.tokens)
         chunk = b""
         if text or (logprobs is not None and logprobs.content):
-            chunk += self._chunk(frame, ChatChunkChoice(index, Delta(content=text), logprobs=logprobs))
+            chunk += self.chunk(frame, ChatChunkChoice(index, Delta(content=text), logprobs=logprobs))
         if part.finished is not None:
             end = part.finished
-            choice = ChatChunkChoice(index, Delta(), finish_reason=_reason(end), stop_reason=end.stop_reason)
-            chunk += self._chunk(frame, choice)
+            choice = ChatChunkChoice(index, Delta(), finish_reason=finish_reason(end), stop_reason=end.stop_reason)
+            chunk += self.chunk(frame, choice)
         return chunk
 
     def usage(self, frame: Frame, usage: Usage) -> bytes:
         chunk = ChatChunk(id=frame.id, created=frame.created, model=frame.model, choices=[], usage=usage)
         return server_event(_encoder.encode(chunk))
 
-    def _chunk(self, frame: Frame, choice: ChatChunkChoice) -> bytes:
+    def chunk(self, frame: Frame, choice: ChatChunkChoice) -> bytes:
+        """One event with one choice's change."""
         chunk = ChatChunk(
             id=frame.id,
             created=frame.created,
@@ -201,7 +210,7 @@ class TextWriter:
             TextChoice(
                 index=index,
                 text=self._echo(frame, index) + "".join(each.text),
-                finish_reason=_reason(end),
+                finish_reason=finish_reason(end),
                 logprobs=self._logprobs(frame, index, each, end),
                 stop_reason=end.stop_reason,
                 prompt_logprobs=prompt_logprobs(frame, end) if frame.with_prompt_logprobs else UNSET,
@@ -224,7 +233,7 @@ class TextWriter:
         choice = TextChoice(
             index,
             text,
-            finish_reason=_reason(end) if end is not None else None,
+            finish_reason=finish_reason(end) if end is not None else None,
             logprobs=text_logprobs(frame, part.tokens) if frame.with_logprobs else None,
             stop_reason=end.stop_reason if end is not None else None,
         )

@@ -4,7 +4,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from loractl.server.bridge import Ticket
-from loractl.server.engine.messages import Event, Failed, Finished, RequestId, Token
+from loractl.server.engine.messages import Event, Failed, Finished, RequestId, Timing, Token
 from loractl.server.metrics import ServerMetrics
 
 
@@ -20,6 +20,8 @@ class Watch:
         self._mode = "true" if is_stream else "false"
         self._started = time.monotonic()
         self._last: dict[RequestId, float] = {}
+        self.timing: Timing | None = None
+        """Of the sequence that was heard of first."""
         self._ttft = metrics.ttft.labels(self._mode)
         self._itl = metrics.itl.labels(self._mode)
         for name in self._adapters:
@@ -47,12 +49,14 @@ class Watch:
         before = self._last.get(token.id)
         if before is None:
             self._ttft.observe(now - self._started)
+            self.timing = self.timing or token.timing
         else:
             self._itl.observe(now - before)
         self._last[token.id] = now
 
     def _saw_end(self, end: Finished) -> None:
         metrics, timing = self._metrics, end.timing
+        self.timing = self.timing or timing
         metrics.finished.labels("abort" if end.reason == "cancelled" else end.reason).inc()
         metrics.prompt_tokens.inc(end.num_prompt_tokens)
         metrics.generated_tokens.inc(end.num_output_tokens)

@@ -247,7 +247,14 @@ class Engine:
             return [self._finish(sequence, "stop", stop_reason=choice.token_id if stop_id else None)]
         piece = sequence.text.push(choice.token_id, min_tokens_reached=sequence.num_outputs >= sampling.min_tokens)
         events: list[Event] = [
-            Token(id=sequence.id, token_id=choice.token_id, text=piece.text, logprob=choice.logprob, top=choice.top)
+            Token(
+                id=sequence.id,
+                token_id=choice.token_id,
+                text=piece.text,
+                logprob=choice.logprob,
+                top=choice.top,
+                timing=sequence.timing(now) if sequence.num_outputs == 1 else None,
+            )
         ]
         if piece.stop is not None:
             events.append(self._finish(sequence, "stop", stop_reason=piece.stop, tail=False))

@@ -99,6 +99,16 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds a request spent in each phase, on the engine's monotonic clock."""
+
+    queued_s: float = 0.0
+    adapter_wait_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
     """One generated token. `text` is what can be shown now: held back while a stop string or a character is open."""
 
@@ -107,16 +117,8 @@ class Token:
     text: str
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """Seconds a request spent in each phase, on the engine's monotonic clock."""
-
-    queued_s: float = 0.0
-    adapter_wait_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
+    timing: Timing | None = None
+    """On the first token alone: how long the request waited for it, and for what."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,6 +53,7 @@ def _error(response: httpx.Response) -> dict[str, Any]:
             {"tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]},
             "tools",
         ),
+        ("chat/completions", {"tool_choice": "required"}, "tool_choice"),
         ("completions", {"prompt": ""}, "prompt"),
         ("completions", {"prompt": []}, "prompt"),
         ("completions", {"prompt": ["x", 3]}, "prompt"),

@@ -36,6 +36,7 @@ class FakeEngine:
     """Answers each prompt with the prompt itself, over and over, one token a step, through the given tokenizer.
 
     With an adapter, the answer starts with the adapter's digest, so that a test sees whose answer it got.
+    `answer_text` makes it say that text instead, and then stop.
     Faults to order: `raise_in_step` (once), `hang` (an Event that is waited for), `step_s`, `max_queue`.
     """
 
@@ -43,6 +44,7 @@ class FakeEngine:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.max_queue = max_queue
+        self.answer_text: str | None = None
         self.step_s = 0.0
         self.raise_in_step: BaseException | None = None
         self.hang: threading.Event | None = None
@@ -122,6 +124,8 @@ class FakeEngine:
         return events
 
     def _answer(self, row: _Row) -> list[int]:
+        if self.answer_text is not None:
+            return list(self.tokenizer.encode(self.answer_text, add_special_tokens=False))
         prompt = list(row.submit.prompt)
         if row.submit.adapters:
             marks = "+".join(use.digest[7:15] for use in row.submit.adapters)
@@ -136,7 +140,8 @@ class FakeEngine:
         stop = next((text for text in sampling.stop if text in row.text), None)
         if stop is not None:
             row.text = row.text[: row.text.index(stop) + (len(stop) if sampling.include_stop else 0)]
-        is_last = stop is not None or len(row.produced) >= sampling.max_tokens
+        has_said_all = self.answer_text is not None and len(row.produced) == len(answer)
+        is_last = stop is not None or has_said_all or len(row.produced) >= sampling.max_tokens
         held = 0 if is_last else max((len(text) - 1 for text in sampling.stop), default=0)
         visible = max(row.shown, len(row.text) - held)
         text, row.shown = row.text[row.shown : visible], visible
@@ -148,10 +153,18 @@ class FakeEngine:
                 "logprob": -0.25,
                 "top": tuple(TokenLogprob(token_id=each, logprob=-0.25 - place) for place, each in enumerate(ranked)),
             }
-        events: list[Event] = [Token(id=row.submit.id, token_id=token_id, text=text, **logprobs)]
+        events: list[Event] = [
+            Token(
+                id=row.submit.id,
+                token_id=token_id,
+                text=text,
+                timing=Timing() if len(row.produced) == 1 else None,
+                **logprobs,
+            )
+        ]
         if is_last:
             del self._rows[row.submit.id]
-            events.append(self._finish(row, "stop" if stop is not None else "length", stop))
+            events.append(self._finish(row, "stop" if stop is not None or has_said_all else "length", stop))
         return events
 
     def _finish(self, row: _Row, reason: FinishReason, stop: str | None = None) -> Finished:
