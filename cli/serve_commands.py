@@ -37,6 +37,10 @@ from loractl.cli.output import is_interactive, print_json, print_note, print_tab
 @click.option("--max-running", default=64, show_default=True, help="Sequences that decode at once.")
 @click.option("--max-queue", default=1024, show_default=True, help="Requests that may wait; the next one gets 429.")
 @click.option("--api-keys", "keys_file", type=click.Path(path_type=Path), help="File with one API key a line.")
+@click.option("--keys-from-hub", is_flag=True, help="Callers' hub tokens are API keys, for what they may read there.")
+@click.option("--adapter-requests", type=click.FloatRange(1), help="Requests a minute of each adapter, over all keys.")
+@click.option("--adapter-tokens", type=click.FloatRange(1), help="Tokens a minute of each adapter, over all keys.")
+@click.option("--adapter-concurrent", type=click.IntRange(1), help="Requests at a time of each adapter.")
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without keys.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder for fetched adapters.")
 @click.option("--cache-bytes", type=int, help="Limit of that folder.")
@@ -90,6 +94,8 @@ def _choices(options: dict[str, Any]) -> Any:
         host=options["host"],
         insecure=options["insecure"],
         keys_file=options["keys_file"],
+        keys_from_hub=options["keys_from_hub"],
+        adapter_limits=_adapter_limits(options),
         quantization=options["quantize"],
         dtype=options["dtype"],
         engine=engine,
@@ -98,6 +104,15 @@ def _choices(options: dict[str, Any]) -> Any:
         drain_timeout_s=options["drain_timeout"],
         drain_grace_s=options["drain_grace"],
     )
+
+
+def _adapter_limits(options: dict[str, Any]) -> Any:
+    from loractl.server.access import Key
+
+    given = options["adapter_requests"], options["adapter_tokens"], options["adapter_concurrent"]
+    if given == (None, None, None):
+        return None
+    return Key(requests_per_minute=given[0], tokens_per_minute=given[1], max_concurrent=given[2])
 
 
 def _local_adapters(given: tuple[str, ...]) -> dict[str, Path]:

@@ -1,15 +1,17 @@
-"""Who may ask, and for what: keys from a file, compared without telling how far they matched. Knows no HTTP.
+"""Who may ask, and for what: keys from a file, compared in constant time, or callers' hub tokens. Knows no HTTP.
 
-One key a line: `KEY [TENANT] [admin] [weight=N] [requests=N] [tokens=N] [concurrent=N]`, limits per minute and tenant;
-`#` starts a comment. Only hashes are kept in memory.
+One key a line: `KEY [TENANT] [admin] [weight=N] [requests=N] [tokens=N] [concurrent=N] [adapters=PATTERN,...]`, limits
+per minute and tenant; `#` starts a comment. Only hashes are kept in memory.
 """
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from loractl.adapters.errors import BadData, NotAllowed, Unauthenticated
+from loractl.server.hub_callers import HubCallers
 
 MIN_KEY_CHARS = 16
 _NUMBERS: dict[str, tuple[float, float]] = {
@@ -30,6 +32,11 @@ class Key:
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     max_concurrent: int | None = None
+    adapters: tuple[str, ...] = ("*",)
+    """Patterns of the adapters that it may use, such as `team/*`."""
+    hub_secret: str | None = field(default=None, repr=False)
+    """Set for a caller whose rights the hub knows."""
+    what: str = "this key"
 
 
 EVERYBODY = Key(is_admin=True)
@@ -39,15 +46,16 @@ EVERYBODY = Key(is_admin=True)
 class Access:
     """Checks keys; without any, everybody on this machine may do everything."""
 
-    def __init__(self, keys: dict[bytes, Key] | None = None) -> None:
+    def __init__(self, keys: dict[bytes, Key] | None = None, *, callers: HubCallers | None = None) -> None:
         self._keys = keys or {}
+        self._callers = callers
 
     @property
     def is_open(self) -> bool:
-        return not self._keys
+        return not self._keys and self._callers is None
 
     @classmethod
-    def from_file(cls, path: Path) -> "Access":
+    def from_file(cls, path: Path, *, callers: HubCallers | None = None) -> "Access":
         """Read a keys file; raises BadData with file and line, never with the key."""
         keys: dict[bytes, Key] = {}
         try:
@@ -60,9 +68,13 @@ class Access:
                 keys[_hash(words[0])] = _parse(words, where=f"{path}:{number}")
         if not keys:
             raise BadData(f"{path}: holds no key", hint="write one key a line, at least 16 characters each")
-        return cls(keys)
+        return cls(keys, callers=callers)
 
-    def check(self, authorization: str | None) -> Key:
+    async def close(self) -> None:
+        if self._callers is not None:
+            await self._callers.close()
+
+    async def check(self, authorization: str | None) -> Key:
         """Give the key of an `Authorization: Bearer` header; raises Unauthenticated."""
         if self.is_open:
             return EVERYBODY
@@ -73,11 +85,21 @@ class Access:
         for known, key in self._keys.items():
             if hmac.compare_digest(known, wanted):
                 return key
+        if self._callers is not None and (name := await self._callers.name_of(secret.strip())) is not None:
+            return Key(tenant=f"hub:{name}", hub_secret=secret.strip())
         raise Unauthenticated("this API key is not known here")
 
-    def check_admin(self, authorization: str | None) -> Key:
+    async def may_use(self, key: Key, name: str) -> bool:
+        """Tell whether a key may use an adapter: a hub's repo id, or a name given at the start."""
+        if not any(fnmatchcase(name, pattern) for pattern in key.adapters):
+            return False
+        if key.hub_secret is None or self._callers is None or "/" not in name:
+            return True
+        return await self._callers.may_read(key.hub_secret, name)
+
+    async def check_admin(self, authorization: str | None) -> Key:
         """As `check`, for the routes that change the server."""
-        key = self.check(authorization)
+        key = await self.check(authorization)
         if not key.is_admin:
             raise NotAllowed("this key has no admin right")
         return key
@@ -91,10 +113,13 @@ def _parse(words: list[str], *, where: str) -> Key:
     if len(words[0]) < MIN_KEY_CHARS:
         raise BadData(f"{where}: a key has at least {MIN_KEY_CHARS} characters")
     tenant, is_admin = "", False
+    patterns: tuple[str, ...] = ("*",)
     numbers: dict[str, float] = {}
     for word in words[1:]:
         name, equals, value = word.partition("=")
-        if word == "admin":
+        if equals and name == "adapters" and value:
+            patterns = tuple(value.split(","))
+        elif word == "admin":
             is_admin = True
         elif equals and name in _NUMBERS:
             numbers[name] = _number(value, name, where=where)
@@ -106,6 +131,7 @@ def _parse(words: list[str], *, where: str) -> Key:
         # Two keys without a tenant must not share a prefix cache.
         tenant=tenant or _hash(words[0]).hex()[:16],
         is_admin=is_admin,
+        adapters=patterns,
         weight=numbers.get("weight", 1.0),
         requests_per_minute=numbers.get("requests"),
         tokens_per_minute=numbers.get("tokens"),

@@ -40,6 +40,7 @@ def create_app(serving: Serving) -> ASGIApp:
             await serving.bridge.stop()
             await serving.source.close()
             serving.prompts.close()
+            await serving.access.close()
 
     app = Litestar(
         route_handlers=[*completion_routes(serving), *model_routes(serving), *operator_routes(serving)],

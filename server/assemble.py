@@ -12,10 +12,11 @@ from loractl.adapters.digest import folder_digest
 from loractl.adapters.errors import UsageError
 from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.manifest import Quantization
-from loractl.server.access import Access
+from loractl.server.access import Access, Key
 from loractl.server.bridge import Bridge, EngineLike
 from loractl.server.engine.settings import EngineSettings
 from loractl.server.fetch import AdapterSource, Found
+from loractl.server.hub_callers import HubCallers
 from loractl.server.hub_events import HubEvents
 from loractl.server.hub_reader import HubReader
 from loractl.server.metrics import ServerMetrics
@@ -35,6 +36,8 @@ class Choices:
     host: str = "127.0.0.1"
     insecure: bool = False
     keys_file: Path | None = None
+    keys_from_hub: bool = False
+    adapter_limits: Key | None = None
     quantization: Quantization = "int8"
     dtype: Dtype = "auto"
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -62,11 +65,15 @@ class Checked:
 
 def check(choices: Choices) -> Checked:
     """Find and read everything small. Raises UsageError, NotFound, BadData ... before anything slow begins."""
-    access = Access.from_file(choices.keys_file) if choices.keys_file is not None else Access()
+    if choices.keys_from_hub and choices.hub_url is None:
+        raise UsageError("--keys-from-hub needs a hub", hint="give --hub URL")
+    callers = HubCallers(choices.hub_url) if choices.keys_from_hub and choices.hub_url else None
+    file = choices.keys_file
+    access = Access.from_file(file, callers=callers) if file is not None else Access(callers=callers)
     if access.is_open and not choices.insecure and not _is_loopback(choices.host):
         raise UsageError(
             f"--host {choices.host} would let everybody who can reach this machine use it",
-            hint="give --api-keys FILE, or --insecure if something in front checks who asks",
+            hint="give --api-keys FILE or --keys-from-hub, or --insecure if something in front checks who asks",
         )
     source = resolve_base(choices.base)
     local = {
@@ -89,6 +96,7 @@ def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts
         base_name=checked.base_name,
         base_fingerprint=checked.fingerprint,
         quantization=choices.quantization,
+        adapter_limits=choices.adapter_limits,
         drain_timeout_s=choices.drain_timeout_s,
         drain_grace_s=choices.drain_grace_s,
     )

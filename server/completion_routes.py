@@ -11,6 +11,7 @@ from litestar.response.base import ASGIResponse
 from litestar.types import ASGIApp
 
 from loractl.adapters.errors import BadRequest, LoractlError, UsageError
+from loractl.server.access import EVERYBODY, Key
 from loractl.server.generation import (
     MAX_PROMPTS,
     Asked,
@@ -61,15 +62,17 @@ class _Generation:
     def __init__(self, serving: Serving, request: Request[Any, Any, Any]) -> None:
         self._serving = serving
         self._request = request
-        self._key = serving.access.check(request.headers.get("authorization"))
+        self._key = EVERYBODY
+        self._bookings: list[Key] = []
 
     async def answer_chat(self) -> ASGIApp:
         serving = self._serving
+        self._key = await serving.access.check(self._request.headers.get("authorization"))
         body = decode_body(await read_body(self._request, serving.settings), ChatRequest)
         self._check(body)
         plan = plan_tools(body, serving.prompts.tokenizer)
         with self._counted():
-            adapters = await serving.adapters_of(body)
+            adapters = await serving.adapters_of(body, self._key)
             prompt = await serving.prompts.from_chat(
                 body.messages,
                 add_generation_prompt=body.add_generation_prompt,
@@ -85,10 +88,11 @@ class _Generation:
 
     async def answer_completion(self) -> ASGIApp:
         serving = self._serving
+        self._key = await serving.access.check(self._request.headers.get("authorization"))
         body = decode_body(await read_body(self._request, serving.settings), CompletionRequest)
         self._check(body)
         with self._counted():
-            adapters = await serving.adapters_of(body)
+            adapters = await serving.adapters_of(body, self._key)
             prompts = await self._prompts(body)
             longest = max(len(prompt) for prompt in prompts)
             sampling = completion_sampling(body, num_prompt_tokens=longest, limits=serving.limits)
@@ -153,10 +157,20 @@ class _Generation:
     async def _answer(
         self, body: Common, asked: Asked, prompts: list[tuple[int, ...]], frame: Frame, writer: Writer
     ) -> ASGIApp:
+        with contextlib.ExitStack() as stack:
+            self._bookings = [self._key, *self._serving.bookings(asked.adapters)]
+            for booking in self._bookings[1:]:
+                stack.enter_context(self._serving.quotas.admit(booking))
+            return await self._submit(body, asked, prompts, frame, writer)
+
+    async def _submit(
+        self, body: Common, asked: Asked, prompts: list[tuple[int, ...]], frame: Frame, writer: Writer
+    ) -> ASGIApp:
         serving, receive = self._serving, self._request.receive
         ids = [serving.bridge.new_id() for _ in range(len(prompts) * asked.num_choices)]
         num_booked = sum(len(prompt) for prompt in prompts) + len(ids) * asked.sampling.max_tokens
-        serving.quotas.take_tokens(self._key, num_booked)
+        for booking in self._bookings:
+            serving.quotas.take_tokens(booking, num_booked)
         watch = serving.open(asked.submits(prompts, ids), adapters=asked.adapters, is_stream=bool(body.stream))
         headers = {"x-loractl-adapter": "+".join(each.found.digest for each in asked.adapters) or "base"}
         try:
@@ -173,7 +187,8 @@ class _Generation:
             serving.bridge.cancel(watch.ticket)
             raise
         serving.num_requests += 1
-        serving.quotas.hold(self._key)
+        for booking in self._bookings:
+            serving.quotas.hold(booking)
         return EventStream(
             _chained(first, chunks),
             headers=headers | _waited(watch),
@@ -183,7 +198,8 @@ class _Generation:
 
     def _stream_closed(self, watch: Watch, error: BaseException | None) -> None:
         self._serving.num_requests -= 1
-        self._serving.quotas.release(self._key)
+        for booking in self._bookings:
+            self._serving.quotas.release(booking)
         if isinstance(error, SlowReader):
             self._serving.metrics.slow_readers.inc()
         if isinstance(error, ClientGone):

@@ -10,6 +10,7 @@ from litestar.params import FromPath
 from msgspec import UNSET
 
 from loractl.adapters.errors import BadRequest
+from loractl.server.access import Key
 from loractl.server.http_input import read_body
 from loractl.server.openai_errors import decode_body
 from loractl.server.openai_replies import DetokenizeReply, ModelCard, ModelList, TokenizeReply
@@ -22,24 +23,24 @@ def model_routes(serving: Serving) -> Sequence[HTTPRouteHandler]:
 
     @get("/v1/models")
     async def list_models(request: Request[Any, Any, Any]) -> Response[bytes]:
-        serving.access.check(request.headers.get("authorization"))
-        return _json(ModelList(data=_cards(serving)))
+        key = await serving.access.check(request.headers.get("authorization"))
+        return _json(ModelList(data=await _cards(serving, key)))
 
     @get("/v1/models/{model:path}")
     async def show_model(request: Request[Any, Any, Any], model: FromPath[str]) -> Response[bytes]:
-        serving.access.check(request.headers.get("authorization"))
+        key = await serving.access.check(request.headers.get("authorization"))
         name = model.removeprefix("/")
-        for card in _cards(serving):
+        for card in await _cards(serving, key):
             if card.id == name:
                 return _json(card)
-        found = await serving.source.find(name)
+        found = await serving.find(name, key)
         return _json(_adapter_card(serving, found.name, found.digest, root=found.repo_id or found.name))
 
     @post("/tokenize", status_code=200)
     async def tokenize(request: Request[Any, Any, Any]) -> Response[bytes]:
-        serving.access.check(request.headers.get("authorization"))
+        key = await serving.access.check(request.headers.get("authorization"))
         body = decode_body(await read_body(request, serving.settings), TokenizeRequest)
-        await _check_model(serving, body.model)
+        await _check_model(serving, body.model, key)
         if (body.prompt is None) == (body.messages is None):
             raise BadRequest("give either prompt or messages", field="prompt")
         if body.messages is not None:
@@ -53,22 +54,22 @@ def model_routes(serving: Serving) -> Sequence[HTTPRouteHandler]:
 
     @post("/detokenize", status_code=200)
     async def detokenize(request: Request[Any, Any, Any]) -> Response[bytes]:
-        serving.access.check(request.headers.get("authorization"))
+        key = await serving.access.check(request.headers.get("authorization"))
         body = decode_body(await read_body(request, serving.settings), DetokenizeRequest)
-        await _check_model(serving, body.model)
+        await _check_model(serving, body.model, key)
         return _json(DetokenizeReply(await serving.prompts.to_text(body.tokens)))
 
     return [list_models, show_model, tokenize, detokenize]
 
 
-async def _check_model(serving: Serving, name: str | None) -> None:
+async def _check_model(serving: Serving, name: str | None, key: Key) -> None:
     """Every adapter of a base shares its tokenizer, so the name matters only in that it must exist."""
     if name is not None and name != serving.settings.base_name:
-        await serving.source.find(name)
+        await serving.find(name, key)
 
 
-def _cards(serving: Serving) -> list[ModelCard]:
-    """The base, the adapters given at the start, and those of the hub that have been asked for."""
+async def _cards(serving: Serving, key: Key) -> list[ModelCard]:
+    """What this key may use of the base, the adapters given at the start, and those of the hub asked for so far."""
     base = ModelCard(
         id=serving.settings.base_name,
         created=serving.started_at,
@@ -79,8 +80,12 @@ def _cards(serving: Serving) -> list[ModelCard]:
     )
     cards = {base.id: base}
     for name, found in serving.source.local.items():
+        if not await serving.access.may_use(key, name):
+            continue
         cards[name] = _adapter_card(serving, name, found.digest, root=name)
     for name, resolved in serving.source.known_names():
+        if not await serving.access.may_use(key, resolved.repo_id):
+            continue
         cards.setdefault(name, _adapter_card(serving, name, resolved.digest, root=resolved.repo_id))
     return list(cards.values())
 

@@ -98,22 +98,27 @@ def _health_routes(serving: Serving) -> Sequence[HTTPRouteHandler]:
 
 
 def _admin_routes(serving: Serving) -> Sequence[HTTPRouteHandler]:
-    def check(request: Request[Any, Any, Any]) -> None:
-        serving.access.check_admin(request.headers.get("authorization"))
+    async def check(request: Request[Any, Any, Any]) -> None:
+        await serving.access.check_admin(request.headers.get("authorization"))
 
     async def named(request: Request[Any, Any, Any]) -> str:
-        check(request)
+        await check(request)
         return decode_body(await read_body(request, serving.settings), NamedAdapter).name
 
     @get("/admin/status")
     async def status(request: Request[Any, Any, Any]) -> Response[bytes]:
-        check(request)
+        await check(request)
         return _json(_status(serving))
 
     @post("/admin/adapters/load", status_code=200)
     async def load(request: Request[Any, Any, Any]) -> Response[bytes]:
         found = await _bring(serving, await named(request))
         return _json(Done(name=found.name, digest=found.digest, action="loading"))
+
+    @post("/admin/adapters/prefetch", status_code=200)
+    async def prefetch(request: Request[Any, Any, Any]) -> Response[bytes]:
+        found = await serving.source.find(await named(request))
+        return _json(Done(name=found.name, digest=found.digest, action="on disk"))
 
     @post("/admin/adapters/pin", status_code=200)
     async def pin(request: Request[Any, Any, Any]) -> Response[bytes]:
@@ -137,12 +142,12 @@ def _admin_routes(serving: Serving) -> Sequence[HTTPRouteHandler]:
 
     @post("/admin/drain", status_code=200)
     async def drain(request: Request[Any, Any, Any]) -> Response[bytes]:
-        check(request)
+        await check(request)
         with contextlib.suppress(asyncio.CancelledError):
             await serving.drain()
         return _json({"status": "drained"})
 
-    return [status, load, pin, unpin, unload, drain]
+    return [status, load, prefetch, pin, unpin, unload, drain]
 
 
 async def _bring(serving: Serving, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""How much one key may ask: requests and tokens a minute, and requests at a time. Knows no HTTP and no engine."""
+"""How much one key or adapter may take: requests and tokens a minute, requests at a time. Knows no HTTP, no engine."""
 
 import contextlib
 import time
@@ -44,11 +44,11 @@ class Quotas:
         """Book one request while the context is open; raises Overloaded, with the time to wait, above a limit."""
         running = self._running.get(key.tenant, 0)
         if key.max_concurrent is not None and running >= key.max_concurrent:
-            raise Overloaded(f"this key may run {key.max_concurrent} requests at a time", retry_after_s=1)
+            raise Overloaded(f"{key.what} may run {key.max_concurrent} requests at a time", retry_after_s=1)
         if key.requests_per_minute is not None:
             bucket = self._requests.setdefault(key.tenant, Bucket(key.requests_per_minute, self._clock))
             if (wait_s := bucket.wait_s(1)) > 0:
-                raise Overloaded(f"this key may ask {key.requests_per_minute:g} times a minute", retry_after_s=wait_s)
+                raise Overloaded(f"{key.what} may ask {key.requests_per_minute:g} times a minute", retry_after_s=wait_s)
             bucket.take(1)
         self._running[key.tenant] = running + 1
         try:
@@ -73,5 +73,5 @@ class Quotas:
             return
         bucket = self._tokens.setdefault(key.tenant, Bucket(key.tokens_per_minute, self._clock))
         if (wait_s := bucket.wait_s(num_tokens)) > 0:
-            raise Overloaded(f"this key may use {key.tokens_per_minute:g} tokens a minute", retry_after_s=wait_s)
+            raise Overloaded(f"{key.what} may use {key.tokens_per_minute:g} tokens a minute", retry_after_s=wait_s)
         bucket.take(num_tokens)

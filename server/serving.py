@@ -3,14 +3,14 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from loractl.adapters.errors import Draining, NotFound
+from loractl.adapters.errors import Draining, NotFound, RepoNotFound
 from loractl.adapters.reference import Digest
 from loractl.server.access import Access, Key
 from loractl.server.bridge import Bridge
 from loractl.server.engine.messages import Submit
-from loractl.server.fetch import AdapterSource
+from loractl.server.fetch import AdapterSource, Found
 from loractl.server.generation import Caller, Limits, ServedAdapter
 from loractl.server.hub_events import HubEvents
 from loractl.server.metrics import ServerMetrics, Snapshot
@@ -36,6 +36,8 @@ class ServingSettings:
     """A request that has not started by then fails."""
     write_timeout_s: float = 30.0
     """A reader that takes no chunk for this long is cut off."""
+    adapter_limits: Key | None = None
+    """Requests and tokens a minute, and requests at a time, of each adapter over all keys."""
     drain_timeout_s: float = 300.0
     drain_grace_s: float = 0.0
     """How long a draining server still answers 503 before the listener closes, for balancers to notice."""
@@ -87,19 +89,34 @@ class Serving:
             self.metrics.rejected.labels("draining").inc()
             raise Draining("this server is shutting down", hint="another replica will answer", retry_after_s=5)
 
-    async def adapters_of(self, request: Common) -> tuple[ServedAdapter, ...]:
+    async def find(self, name: str, key: Key) -> Found:
+        """The adapter of this name; for a key that may not use it, there is no such adapter."""
+        repo_id = name if name in self.source.local else name.partition("@")[0]
+        if not await self.access.may_use(key, repo_id):
+            raise RepoNotFound(f"no adapter {name[:200]} in the hub", field="model")
+        return await self.source.find(name)
+
+    async def adapters_of(self, request: Common, key: Key) -> tuple[ServedAdapter, ...]:
         """The adapters that a request names, on the local disk, and on their way to the device."""
         if request.adapters is not None:
             named = [(each.name, each.weight) for each in request.adapters]
-            found = [ServedAdapter(found=await self.source.find(name), weight=weight) for name, weight in named]
+            found = [ServedAdapter(found=await self.find(name, key), weight=weight) for name, weight in named]
         elif request.model == self.settings.base_name:
             return ()
         else:
-            found = [ServedAdapter(found=await self.source.find(request.model))]
+            found = [ServedAdapter(found=await self.find(request.model, key))]
         for adapter in found:
             self.metrics.name_adapter(adapter.found.digest, adapter.found.name)
             self.bridge.engine.prefetch(adapter.use)
         return tuple(found)
+
+    def bookings(self, adapters: Sequence[ServedAdapter]) -> list[Key]:
+        """The adapters of a request as quotas see them; none where no adapter has limits."""
+        limits = self.settings.adapter_limits
+        if limits is None:
+            return []
+        names = dict.fromkeys(adapter.found.repo_id or adapter.found.name for adapter in adapters)
+        return [replace(limits, tenant=f"adapter:{name}", what=f"the adapter {name}") for name in names]
 
     def caller(self, key: Key) -> Caller:
         return Caller(tenant=key.tenant, weight=key.weight, max_priority=100 if key.is_admin else 0)

@@ -22,6 +22,7 @@ MARKERS: dict[ToolFormat, tuple[str, ...]] = {
 
 _OPENINGS: dict[ToolFormat, str] = {"hermes": "<tool_call>", "llama3": "{", "mistral": "[TOOL_CALLS]"}
 _SPACE = " \t\r\n"
+_SEPARATORS: dict[ToolFormat, str] = {"hermes": _SPACE, "llama3": _SPACE + ";", "mistral": _SPACE + "[,"}
 
 
 def tool_format_of(chat_template: str | None) -> ToolFormat | None:
@@ -41,7 +42,8 @@ def tool_format_of(chat_template: str | None) -> ToolFormat | None:
 def forced_opening(wanted: ToolFormat, name: str | None) -> str:
     """The beginning of an answer that must be a call, of this tool if it is named; it becomes part of the prompt."""
     arguments = "parameters" if wanted == "llama3" else "arguments"
-    before = {"hermes": "<tool_call>\n", "llama3": "", "mistral": "[TOOL_CALLS]["}[wanted]
+    openings: dict[ToolFormat, str] = {"hermes": "<tool_call>\n", "llama3": "", "mistral": "[TOOL_CALLS]["}
+    before = openings[wanted]
     if name is None:
         return before + '{"name": "'
     return before + '{"name": ' + json.dumps(name) + f', "{arguments}": '
@@ -153,7 +155,7 @@ class ToolCallReader:
 
     def __init__(self, wanted: ToolFormat, *, names: Collection[str], forced: str = "") -> None:
         self.num_calls = 0
-        self._format = wanted
+        self._format: ToolFormat = wanted
         self._names = frozenset(names)
         self._buffer = ""
         self._call: _CallObject | None = None
@@ -230,7 +232,7 @@ class ToolCallReader:
 
     def _between(self, read: Read) -> bool:
         """Around calls: skip what separates them, and find where the next one begins."""
-        self._buffer = self._buffer.lstrip(_SPACE + {"hermes": "", "llama3": ";", "mistral": "[,"}[self._format])
+        self._buffer = self._buffer.lstrip(_SEPARATORS[self._format])
         if not self._buffer:
             return False
         if self._buffer.startswith("{"):

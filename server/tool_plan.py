@@ -71,8 +71,9 @@ def plan_tools(request: ChatRequest, tokenizer: Any) -> ToolPlan | None:
 def _special_markers(tokenizer: Any, wanted: ToolFormat) -> dict[int, str]:
     found: dict[int, str] = {}
     for marker in MARKERS[wanted]:
-        token_id = tokenizer.convert_tokens_to_ids(marker)
-        is_one_token = token_id is not None and token_id != tokenizer.unk_token_id
-        if is_one_token and not tokenizer.decode([token_id], skip_special_tokens=True):
+        token_id: int | None = tokenizer.convert_tokens_to_ids(marker)
+        if token_id is None or token_id == tokenizer.unk_token_id:
+            continue
+        if not tokenizer.decode([token_id], skip_special_tokens=True):
             found[token_id] = marker
     return found

@@ -22,7 +22,7 @@ PROTECTED = [
 ADMIN_ONLY = [
     ("GET", "/admin/status"),
     ("POST", "/admin/drain"),
-    *[("POST", f"/admin/adapters/{action}") for action in ("load", "pin", "unpin", "unload")],
+    *[("POST", f"/admin/adapters/{action}") for action in ("load", "prefetch", "pin", "unpin", "unload")],
 ]
 
 

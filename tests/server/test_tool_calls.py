@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loractl.server.tool_calls import ToolCallReader, ToolFormat, forced_opening, joined, tool_format_of
@@ -77,6 +77,7 @@ CASES: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
 
 
 @pytest.mark.parametrize(("wanted", "text", "content", "calls"), CASES)
+@settings(deadline=None, max_examples=40)
 @given(sizes=SIZES)
 def test_calls_are_the_same_in_whatever_pieces_they_come(
     wanted: ToolFormat, text: str, content: str, calls: list[tuple[str, str]], sizes: list[int]
@@ -85,6 +86,7 @@ def test_calls_are_the_same_in_whatever_pieces_they_come(
     assert _read(wanted, text, sizes) == (content, calls)
 
 
+@settings(deadline=None, max_examples=40)
 @given(text=st.text(alphabet='<tol_ca>/{}[]",:\\ nameTOLCS'), sizes=SIZES)
 @pytest.mark.parametrize("wanted", ["hermes", "llama3", "mistral"])
 def test_any_text_is_read_the_same_in_pieces_and_never_fails(wanted: ToolFormat, text: str, sizes: list[int]) -> None:
