@@ -30,7 +30,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveHub]:
     with live_hub(root / "hub") as running:
         with HubClient(running.url, running.admin) as client:
             for repo in ("blue/secret", "red/open"):
-                client.push(adapter, parse_reference(repo))
+                client.push(adapter, parse_reference(repo), private=repo.startswith("blue/"))
         yield running
 
 
