@@ -13,6 +13,7 @@ from loractl.adapters.errors import BadData, NotAllowed
 
 if TYPE_CHECKING:
     from loractl.adapters.local_cache import AdapterCache
+    from loractl.hub.admin_client import HubAdmin
     from loractl.hub.client import HubClient
 
 DEFAULT_HUB = "http://127.0.0.1:8700"
@@ -78,6 +79,14 @@ def open_hub(flag: str | None) -> "HubClient":
 
     url = hub_url(flag)
     return HubClient(url, hub_token(url))
+
+
+def open_hub_admin(flag: str | None) -> "HubAdmin":
+    """A client for what those who run a hub do with it."""
+    from loractl.hub.admin_client import HubAdmin
+
+    url = hub_url(flag)
+    return HubAdmin(url, hub_token(url))
 
 
 def adapter_cache() -> "AdapterCache":

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from loractl.adapters.errors import BadData
+from loractl.cli.hub_admin_commands import audit, quota, webhook
 from loractl.cli.output import print_json, print_note, print_table
 from loractl.hub.settings import HubSettings, read_settings
 
@@ -38,6 +39,11 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @click.group()
 def hub() -> None:
     """Run and look after an adapter hub."""
+
+
+hub.add_command(audit)
+hub.add_command(quota)
+hub.add_command(webhook)
 
 
 @hub.command()

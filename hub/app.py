@@ -9,7 +9,7 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import ScalarRenderPlugin
 
 from loractl.hub.access import DEPENDENCIES, OPT_KEY, authorise
-from loractl.hub.api import adapter_routes, event_routes, health_routes, token_routes
+from loractl.hub.api import adapter_routes, event_routes, health_routes, operator_routes, token_routes, webhook_routes
 from loractl.hub.edge import Edge
 from loractl.hub.error_answers import EXCEPTION_HANDLERS
 from loractl.hub.events import running
@@ -26,6 +26,7 @@ from loractl.hub.hf import (
 from loractl.hub.metrics import HubMetrics
 from loractl.hub.services import open_hub
 from loractl.hub.settings import HubSettings
+from loractl.hub.webhooks import dispatching
 
 _ROUTES = [
     *repo_routes.ROUTES,
@@ -38,6 +39,8 @@ _ROUTES = [
     *gap_routes.ROUTES,
     *adapter_routes.ROUTES,
     *event_routes.ROUTES,
+    *webhook_routes.ROUTES,
+    *operator_routes.ROUTES,
     *token_routes.ROUTES,
     *health_routes.ROUTES,
 ]
@@ -52,7 +55,7 @@ def create_app(settings: HubSettings) -> Litestar:
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
         async with open_hub(settings, metrics=metrics) as hub:
             app.state.hub = hub
-            async with running(hub.feed):
+            async with running(hub.feed), dispatching(hub.dispatcher):
                 yield
 
     app = Litestar(

@@ -318,6 +318,9 @@ class HubClient:
         content = msgspec.json.encode(body)
         return self._own(self._send("POST", API_PREFIX + path, content=content), kind, about=about)
 
+    def _put(self, path: str, body: msgspec.Struct, kind: type[T], *, about: str = "") -> T:
+        return self._own(self._send("PUT", API_PREFIX + path, content=msgspec.json.encode(body)), kind, about=about)
+
     def _own(self, response: httpx.Response, kind: type[T], *, about: str) -> T:
         if response.is_success:
             return self._decode(response, kind)

@@ -19,6 +19,7 @@ from litestar.exceptions import HTTPException
 
 from loractl.adapters.errors import (
     BadRequest,
+    Conflict,
     EntryNotFound,
     LoractlError,
     NotFound,
@@ -88,6 +89,10 @@ def answer_http_error(request: AnyRequest, error: HTTPException) -> Response[Any
 def answer_moved(request: AnyRequest, error: RepoMoved) -> Response[Any]:
     """Lead a client that asks for an old name to the present one."""
     parameters = request.path_params
+    if "namespace" not in parameters:
+        # The name came in the body: there is no other address to ask at.
+        moved = Conflict(f"the repo is now {error.repo_id}", hint="use that name")
+        return answer_error(request, moved)
     old = f"{parameters.get('namespace')}/{parameters.get('name')}"
     path = request.scope["path"].replace(old, error.repo_id, 1)
     query = request.scope["query_string"].decode("latin-1")

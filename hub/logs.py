@@ -9,7 +9,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 # What must never be in a log, whatever else went wrong: tokens of this project and of its neighbours.
-_SECRETS = re.compile(r"(?:lch_|lrh_|hf_|sk-)[A-Za-z0-9_-]{16,}|(?i:signature=)[^&\s\"']+|(?i:bearer\s+)[^\s\"']+")
+_SECRETS = re.compile(
+    r"(?:lch_|lrh_|hf_|sk-|whsec_)[A-Za-z0-9_+/=-]{16,}|(?i:signature=)[^&\s\"']+|(?i:bearer\s+)[^\s\"']+"
+)
 _FIELDS = ("request_id", "method", "path", "status", "seconds", "sent_bytes", "actor")
 
 

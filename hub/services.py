@@ -13,18 +13,22 @@ from loractl.hub.database import Database, database_url, open_database
 from loractl.hub.events import EventFeed
 from loractl.hub.metrics import HubMetrics
 from loractl.hub.migrate import migrate
+from loractl.hub.registry.audit_log import AuditLog
 from loractl.hub.registry.catalogue import Catalogue
 from loractl.hub.registry.channels import Channels
 from loractl.hub.registry.commits import Commits
 from loractl.hub.registry.event_log import EventLog
 from loractl.hub.registry.ledger import Ledger
+from loractl.hub.registry.quotas import Quotas
 from loractl.hub.registry.repos import Repos
 from loractl.hub.registry.revisions import Revisions
 from loractl.hub.registry.tokens import Tokens
 from loractl.hub.registry.uploads import Uploads
+from loractl.hub.registry.webhooks import Webhooks
 from loractl.hub.registry.xet_uploads import XetUploads
 from loractl.hub.settings import HubSettings
 from loractl.hub.signing import Signer, load_signer
+from loractl.hub.webhooks import Dispatcher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,10 @@ class Hub:
     xet: XetUploads
     events: EventLog
     feed: EventFeed
+    webhooks: Webhooks
+    dispatcher: Dispatcher
+    audit: AuditLog
+    quotas: Quotas
 
 
 @contextlib.asynccontextmanager
@@ -64,6 +72,7 @@ async def open_hub(settings: HubSettings, *, metrics: HubMetrics | None = None) 
         policy = Policy(max_files=settings.max_files_per_repo, max_file_bytes=settings.max_file_bytes)
         ledger = Ledger(database, store, settings)
         events = EventLog(database)
+        quotas = Quotas(database, settings)
         yield Hub(
             settings=settings,
             policy=policy,
@@ -72,16 +81,20 @@ async def open_hub(settings: HubSettings, *, metrics: HubMetrics | None = None) 
             signer=await load_signer(database),
             metrics=metrics or HubMetrics(),
             tokens=Tokens(database, anonymous_read=settings.anonymous_read),
-            repos=Repos(database),
+            repos=Repos(database, quotas),
             revisions=Revisions(database),
             channels=Channels(database),
             catalogue=Catalogue(database, store),
             ledger=ledger,
-            commits=Commits(database, store, policy),
+            commits=Commits(database, store, policy, quotas),
             uploads=Uploads(database, store, ledger, settings),
             xet=XetUploads(store, ledger, settings),
             events=events,
             feed=EventFeed(events, settings),
+            webhooks=Webhooks(database, settings),
+            dispatcher=Dispatcher(database, settings),
+            audit=AuditLog(database),
+            quotas=quotas,
         )
     finally:
         await database.close()

@@ -41,6 +41,8 @@ class HubSettings:
     """Of a preupload or an LFS batch, as the Hugging Face client sends them."""
     namespace_quota_bytes: int = 0
     """For every namespace that has no quota of its own; 0: none."""
+    namespace_quota_repos: int = 0
+    """Likewise, of repos."""
     free_bytes_reserve: int = 64 * _MIB
     """Uploads are refused when they would leave less than this on the disk, so that deletes still work."""
     multipart_threshold_bytes: int = 512 * _MIB
@@ -51,6 +53,11 @@ class HubSettings:
     """A request whose body stalls for longer is cut."""
     gc_grace_s: float = 24 * 3600.0
     """A blob that nothing names is kept this long after it was last touched."""
+    webhook_private_addresses: bool = False
+    """Let webhooks send to addresses of this machine and its network too."""
+    webhook_attempts: int = 8
+    webhook_retry_s: float = 5.0
+    """After the first failure; four times as long after each further one."""
     event_keep_days: float = 30.0
     """Events older than this are taken away; who follows from before looks at everything afresh."""
     event_heartbeat_s: float = 5.0

@@ -9,6 +9,7 @@ from loractl.adapters.errors import NotFound
 from loractl.adapters.reference import DEFAULT_REVISION
 from loractl.hub.access import ActorDep, HubDep, Policy, RepoDep, policy
 from loractl.hub.registry.catalogue import Search
+from loractl.hub.registry.repos import RepoMoved
 from loractl.hub.wire import (
     API_PREFIX,
     DEFAULT_PAGE,
@@ -39,7 +40,11 @@ async def resolve(
     revision: FromQuery[str] = DEFAULT_REVISION,
 ) -> Resolved:
     """Make a revision exact."""
-    repo = await hub.repos.find(repo_id, actor=actor)
+    try:
+        repo = await hub.repos.find(repo_id, actor=actor)
+    except RepoMoved as moved:
+        # Its answer says the present name, by which the files are fetched.
+        repo = await hub.repos.find(moved.repo_id, actor=actor)
     return await hub.catalogue.resolved(repo, revision)
 
 

@@ -95,7 +95,9 @@ async def preupload(
         if entry is not None and entry.is_lfs == is_large and entry.sha256 in known:
             answer["oid"] = entry.etag
         answers.append(answer)
-    new_bytes = sum(file.size for file, answer in zip(data.files, answers, strict=True) if "oid" not in answer)
+    # A file of the same size may be the same file; the commit, which knows, asks for room again.
+    sizes = {path: entry.size_bytes for path, entry in present.items()}
+    new_bytes = sum(file.size for file in data.files if sizes.get(file.path) != file.size)
     await hub.ledger.check_room(repo, new_bytes=new_bytes, used_bytes=await hub.revisions.used_bytes(repo.namespace))
     return {"files": answers, "commitOid": None}
 

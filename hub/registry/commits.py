@@ -18,6 +18,7 @@ from loractl.hub.database import Database
 from loractl.hub.failpoints import reach
 from loractl.hub.registry.journal import emit, record
 from loractl.hub.registry.ledger import known_in
+from loractl.hub.registry.quotas import Quotas
 from loractl.hub.registry.records import Commit, Ref, Repo, TreeEntry, commit_of
 from loractl.hub.registry.repos import lock_repo
 from loractl.hub.registry.revisions import find_ref, read_tree, revision_not_found
@@ -57,10 +58,11 @@ class _Head:
 class Commits:
     """Applies changes to a channel."""
 
-    def __init__(self, database: Database, store: BlobStore, policy: Policy) -> None:
+    def __init__(self, database: Database, store: BlobStore, policy: Policy, quotas: Quotas) -> None:
         self._database = database
         self._store = store
         self._policy = policy
+        self._quotas = quotas
 
     async def commit(self, repo: Repo, channel: str, changes: Changes, *, actor: Actor) -> CommitResult:
         """Commit to a channel, all or nothing; content equal to the head's makes no commit.
@@ -133,6 +135,7 @@ class Commits:
                 return None
             # Locks the rows until the end of this transaction: gc cannot take a blob between check and use.
             await _require_blobs(connection, repo, changes.files)
+            await self._quotas.check_bytes(connection, locked, changes.files)
             now = time.time()
             version = f"v{locked.next_version}" if facts.digest is not None else None
             commit = await _insert_commit(

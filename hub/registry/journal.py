@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from loractl.hub import tables
 from loractl.hub.actor import Actor
+from loractl.hub.registry.outbox import enqueue
 from loractl.hub.registry.records import Repo
 
 KINDS = (
@@ -78,4 +79,6 @@ async def emit(connection: AsyncConnection, kind: str, repo: Repo | None, payloa
         )
         .returning(tables.event.c.id)
     )
-    return int(row.scalar_one())
+    number = int(row.scalar_one())
+    await enqueue(connection, number, kind, "" if repo is None else repo.repo_id)
+    return number

@@ -19,6 +19,7 @@ from loractl.hub import tables
 from loractl.hub.blobs.store import BlobStore, ReceivedBlob, StoredBlob
 from loractl.hub.database import Database
 from loractl.hub.failpoints import reach
+from loractl.hub.registry.quotas import over_bytes
 from loractl.hub.registry.records import Repo
 from loractl.hub.settings import HubSettings
 
@@ -77,10 +78,7 @@ class Ledger:
             )
         quota = await self.quota_bytes(repo.namespace)
         if quota and used_bytes + new_bytes > quota:
-            raise WillNotFit(
-                f"{repo.namespace} uses {used_bytes:,} of its {quota:,} bytes; this push needs {new_bytes:,} more",
-                hint="delete what is not needed, or ask the hub's operator for a larger quota",
-            )
+            raise over_bytes(repo.namespace, used_bytes=used_bytes, new_bytes=new_bytes, quota_bytes=quota)
 
     async def quota_bytes(self, namespace: str) -> int:
         """The quota of a namespace in bytes; 0 where there is none."""

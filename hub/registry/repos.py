@@ -13,6 +13,7 @@ from loractl.hub import tables
 from loractl.hub.actor import Actor, Right
 from loractl.hub.database import Database
 from loractl.hub.registry.journal import emit, record
+from loractl.hub.registry.quotas import Quotas
 from loractl.hub.registry.records import EMPTY_COMMIT_TITLE, Repo, repo_of
 from loractl.hub.registry.tree import commit_oid, tree_sha256
 
@@ -63,8 +64,9 @@ async def lock_repo(connection: AsyncConnection, key: int) -> Repo:
 class Repos:
     """All that concerns a repo as a whole."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, quotas: Quotas) -> None:
         self._database = database
+        self._quotas = quotas
 
     async def find(self, repo_id: str, *, actor: Actor, right: Right = "read") -> Repo:
         """Find a repo that the actor may see. Raises RepoNotFound, RepoMoved, or NotAllowed when only `right` lacks."""
@@ -117,6 +119,7 @@ class Repos:
                 return CreatedRepo(existing, is_new=False)
             now = time.time()
             await self._ensure_namespace(connection, namespace, now)
+            await self._quotas.check_repos(connection, namespace)
             row = await connection.execute(
                 insert(tables.repo)
                 .values(
@@ -210,6 +213,8 @@ class Repos:
             if other is not None and other.key != repo.key:
                 raise Conflict(f"{new_id} is, or was, the name of another repo", hint="choose another name")
             await self._ensure_namespace(connection, to_namespace, time.time())
+            if to_namespace != repo.namespace:
+                await self._quotas.check_repos(connection, to_namespace)
             alias = tables.repo_alias
             await connection.execute(delete(alias).where(alias.c.folded == new_id.casefold()))
             row = await connection.execute(

@@ -3,13 +3,14 @@
 import re
 from dataclasses import dataclass
 
-from sqlalchemy import and_, func, select
+from sqlalchemy import and_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from loractl.adapters.errors import RevisionNotFound
 from loractl.hub import tables
 from loractl.hub.blobs.store import StoredBlob
 from loractl.hub.database import Database
+from loractl.hub.registry.quotas import used_in
 from loractl.hub.registry.records import Commit, Ref, Repo, TreeEntry, commit_of, entry_of, ref_of
 
 _OID = re.compile(r"[0-9a-f]{40}")
@@ -145,16 +146,5 @@ class Revisions:
 
     async def used_bytes(self, namespace: str) -> int:
         """What a namespace keeps: each blob that its repos name counts once."""
-        entries, commits, repos = tables.tree_entry, tables.commit, tables.repo
-        joined = entries.join(commits, entries.c.commit_oid == commits.c.oid).join(repos, commits.c.repo == repos.c.id)
-        distinct = (
-            select(entries.c.sha256, entries.c.size_bytes)
-            .select_from(joined)
-            .where(repos.c.namespace == namespace)
-            .distinct()
-            .subquery()
-        )
         async with self._database.read() as connection:
-            return int(
-                (await connection.execute(select(func.coalesce(func.sum(distinct.c.size_bytes), 0)))).scalar_one()
-            )
+            return await used_in(connection, namespace)
