@@ -4,12 +4,12 @@ import contextlib
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 
-from litestar import Litestar
-from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import ScalarRenderPlugin
+from litestar import Litestar, Router
+from litestar.handlers import HTTPRouteHandler
 
 from loractl.hub.access import DEPENDENCIES, OPT_KEY, authorise
 from loractl.hub.api import adapter_routes, event_routes, health_routes, operator_routes, token_routes, webhook_routes
+from loractl.hub.api.document import documented, openapi_config
 from loractl.hub.edge import Edge
 from loractl.hub.error_answers import EXCEPTION_HANDLERS
 from loractl.hub.events import running
@@ -28,7 +28,7 @@ from loractl.hub.services import open_hub
 from loractl.hub.settings import HubSettings
 from loractl.hub.webhooks import dispatching
 
-_ROUTES = [
+_HF_ROUTES = [
     *repo_routes.ROUTES,
     *read_routes.ROUTES,
     *ref_routes.ROUTES,
@@ -37,11 +37,18 @@ _ROUTES = [
     *commit_routes.ROUTES,
     *xet_routes.ROUTES,
     *gap_routes.ROUTES,
+]
+_OWN_ROUTES = [
     *adapter_routes.ROUTES,
     *event_routes.ROUTES,
     *webhook_routes.ROUTES,
     *operator_routes.ROUTES,
     *token_routes.ROUTES,
+]
+_ROUTES: list[Router | HTTPRouteHandler] = [
+    # Their protocol is written down elsewhere.
+    Router("/", route_handlers=_HF_ROUTES, include_in_schema=False),
+    *documented(_OWN_ROUTES),
     *health_routes.ROUTES,
 ]
 
@@ -64,13 +71,7 @@ def create_app(settings: HubSettings) -> Litestar:
         dependencies=DEPENDENCIES,
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
-        openapi_config=OpenAPIConfig(
-            title="loractl hub",
-            version=version("loractl"),
-            path="/schema",
-            # No page that fetches scripts from elsewhere: the document itself is at /schema/openapi.json.
-            render_plugins=[ScalarRenderPlugin(js_url="")],
-        ),
+        openapi_config=openapi_config(),
         logging_config=None,
     )
     check_policies(app)

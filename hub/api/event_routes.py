@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from litestar import Request, Response, get
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import QueryParameter
 from litestar.response import Stream
 
@@ -20,7 +21,11 @@ Number = Annotated[int | None, QueryParameter(ge=0, le=2**53)]
 Limit = Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)]
 
 
-@get(API_PREFIX + "/events", opt=policy(Policy.TOKEN))
+@get(
+    API_PREFIX + "/events",
+    opt=policy(Policy.TOKEN),
+    responses={200: ResponseSpec(EventPage, generate_examples=False, description="A page of events, or their stream.")},
+)
 async def events(
     *,
     request: "Request[Any, Any, Any]",
@@ -31,7 +36,7 @@ async def events(
     pattern: Annotated[str | None, QueryParameter(name="repo", max_length=200)] = None,
     channel: Annotated[str | None, QueryParameter(max_length=200)] = None,
     limit: Limit = DEFAULT_PAGE,
-) -> Response[EventPage] | Stream:
+) -> Response[Any]:
     """Give what changed after an event; with `Accept: text/event-stream` a stream that goes on.
 
     Without `after` a stream begins now and a page with the oldest event that is kept. `Last-Event-ID` counts as

@@ -24,7 +24,11 @@ Limit = Annotated[int | None, QueryParameter(ge=1, le=10_000_000)]
 @get(
     API_PREFIX + "/audit",
     opt=policy(Policy.HUB_ADMIN),
-    responses={200: ResponseSpec(AuditEntry, media_type=_NDJSON, description="One entry per line, oldest first.")},
+    responses={
+        200: ResponseSpec(
+            AuditEntry, generate_examples=False, media_type=_NDJSON, description="One entry per line, oldest first."
+        )
+    },
 )
 async def audit(
     *,
