@@ -107,10 +107,11 @@ def pull(*, reference: str, out: Path | None, hub_url: str | None, as_json: bool
 
 @click.command("list", short_help="List the adapters in the hub.")
 @click.option("--base", help="Only adapters of this base: its id or its fingerprint.")
-@click.option("--text", help="Only adapters with this in name or card.")
+@click.option("--text", help="Only adapters with this in name, base, task or tags.")
 @click.option("--task", help="Only adapters for this task.")
 @click.option("--rank", type=click.IntRange(1), help="Only adapters of this rank.")
 @click.option("--namespace", help="Only adapters of this team.")
+@click.option("--author", help="Only adapters pushed by this token, by its name.")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many.")
 @hub_option
 @json_option
@@ -172,7 +173,7 @@ def show(*, reference: str, hub_url: str | None, as_json: bool) -> None:
         "size": _size(resolved.size_bytes),
         "data": data.get("digest") and f"{data['digest'][:19]}, {data.get('num_rows')} rows",
         "metrics": ", ".join(f"{name} {value:.4g}" for name, value in (manifest.get("metrics") or {}).items()) or None,
-        "parent": manifest.get("parent"),
+        "parent": detail.parent or manifest.get("parent"),
         "downloads": detail.num_downloads,
         "withdrawn": resolved.yanked,
     }

@@ -20,12 +20,14 @@ from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.manifest import load_manifest
 from loractl.adapters.reference import DEFAULT_REVISION, AdapterRef, Digest
 from loractl.hub import client_errors
+from loractl.hub.client_session import prepare_huggingface
 from loractl.hub.wire import (
     API_PREFIX,
     AdapterDetail,
     AdapterPage,
     AdapterSummary,
     ChannelMove,
+    Diff,
     History,
     Promote,
     Resolved,
@@ -35,7 +37,6 @@ from loractl.hub.wire import (
 DEFAULT_HUB = "http://127.0.0.1:8700"
 _ADAPTER_FILES = [CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE, CARD_FILE]
 _CONNECT_TIMEOUT_S = 3.0
-_TRANSFER_TIMEOUT_S = 60.0
 _RETRY_STATUS = {429, 502, 503, 504}
 _MAX_RETRY_WAIT_S = 5.0
 
@@ -143,7 +144,7 @@ class HubClient:
 
         if (present := cache.get(resolved.digest)) is not None:
             return present
-        _bound_waiting()
+        prepare_huggingface()
         return cache.put(resolved.digest, fill)
 
     def push(
@@ -180,10 +181,11 @@ class HubClient:
         task: str | None = None,
         rank: int | None = None,
         namespace: str | None = None,
+        author: str | None = None,
         limit: int | None = None,
     ) -> Iterator[AdapterSummary]:
         """The adapters one may see, newest first, page by page; `base` is an id or a fingerprint."""
-        asked = {"base": base, "text": text, "task": task, "rank": rank, "namespace": namespace}
+        asked = {"base": base, "text": text, "task": task, "rank": rank, "namespace": namespace, "author": author}
         params: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         num_left = limit
         while num_left is None or num_left > 0:
@@ -200,6 +202,10 @@ class HubClient:
         """All that the hub knows of a repo, seen at the reference's revision."""
         params = {"revision": ref.revision}
         return self._get(f"/adapters/{ref.repo_id}", AdapterDetail, params=params, about=str(ref))
+
+    def diff(self, a: AdapterRef, b: AdapterRef) -> Diff:
+        """Compare two revisions."""
+        return self._get("/diff", Diff, params={"a": str(a), "b": str(b)}, about=f"{a} or {b}")
 
     def history(self, ref: AdapterRef, *, channel: str | None = None, limit: int | None = None) -> list[ChannelMove]:
         """Who moved which channel of a repo, newest first."""
@@ -237,7 +243,7 @@ class HubClient:
     def _hf(self) -> Any:
         from huggingface_hub import HfApi
 
-        _bound_waiting()
+        prepare_huggingface()
         return HfApi(endpoint=self.endpoint, token=self._hf_token, library_name="loractl")
 
     def _check_reachable(self) -> None:
@@ -374,10 +380,3 @@ def _retry_after_s(response: httpx.Response) -> float | None:
         return min(float(response.headers["Retry-After"]), _MAX_RETRY_WAIT_S)
     except (KeyError, ValueError):
         return None
-
-
-def _bound_waiting() -> None:
-    """Give huggingface_hub's own requests a limit: its default waits for a silent hub for ever."""
-    from huggingface_hub import get_session
-
-    get_session().timeout = _TRANSFER_TIMEOUT_S

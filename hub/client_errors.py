@@ -62,6 +62,9 @@ def error_of_response(
     fallback = headers.get("X-Error-Message") or f"the hub at {place} answered {status}"
     message = body.error if body is not None and body.error else f"{about}: {fallback}" if about else fallback
     hint = body.hint if body is not None else None
+    if hint:
+        # On the Hugging Face routes the hint rides in the text too, for clients that print nothing else.
+        message = message.removesuffix(f" ({hint})")
     return cls(message, hint=hint or _hint(cls), field=body.field if body is not None else None)
 
 

@@ -82,9 +82,17 @@ def _listener(settings: HubSettings) -> socket.socket:
 
 
 async def first_token(settings: HubSettings) -> str | None:
-    """Make the admin token of a hub that has no token yet; its secret, or None when there are tokens."""
+    """Make the admin token of a hub that has no token yet; its secret, or None when there are tokens.
+
+    Raises UsageError for a hub that nobody could use and that others could reach.
+    """
     async with open_hub(settings) as hub:
         if await hub.tokens.any_exist():
+            if not settings.is_loopback and not await hub.tokens.any_valid():
+                raise UsageError(
+                    f"--host {settings.host}: every token of this hub is revoked or expired",
+                    hint="make one with `loractl hub token create`, or listen on 127.0.0.1",
+                )
             return None
         created = await hub.tokens.create(TokenCreate(name="admin", roles=["admin"]), actor=SYSTEM)
         return created.secret

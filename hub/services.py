@@ -17,6 +17,7 @@ from loractl.hub.registry.audit_log import AuditLog
 from loractl.hub.registry.catalogue import Catalogue
 from loractl.hub.registry.channels import Channels
 from loractl.hub.registry.commits import Commits
+from loractl.hub.registry.comparison import Comparison
 from loractl.hub.registry.event_log import EventLog
 from loractl.hub.registry.ledger import Ledger
 from loractl.hub.registry.quotas import Quotas
@@ -56,6 +57,7 @@ class Hub:
     dispatcher: Dispatcher
     audit: AuditLog
     quotas: Quotas
+    comparison: Comparison
 
 
 @contextlib.asynccontextmanager
@@ -73,6 +75,7 @@ async def open_hub(settings: HubSettings, *, metrics: HubMetrics | None = None) 
         ledger = Ledger(database, store, settings)
         events = EventLog(database)
         quotas = Quotas(database, settings)
+        catalogue = Catalogue(database, store)
         yield Hub(
             settings=settings,
             policy=policy,
@@ -84,7 +87,7 @@ async def open_hub(settings: HubSettings, *, metrics: HubMetrics | None = None) 
             repos=Repos(database, quotas),
             revisions=Revisions(database),
             channels=Channels(database),
-            catalogue=Catalogue(database, store),
+            catalogue=catalogue,
             ledger=ledger,
             commits=Commits(database, store, policy, quotas),
             uploads=Uploads(database, store, ledger, settings),
@@ -95,6 +98,7 @@ async def open_hub(settings: HubSettings, *, metrics: HubMetrics | None = None) 
             dispatcher=Dispatcher(database, settings),
             audit=AuditLog(database),
             quotas=quotas,
+            comparison=Comparison(catalogue, store),
         )
     finally:
         await database.close()

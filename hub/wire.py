@@ -1,7 +1,7 @@
 """The messages of `/api/loractl/v1`: what goes over the wire between a hub and its own clients. No rule, no I/O.
 
     GET    /resolve?repo=team/name&revision=prod      -> Resolved
-    GET    /adapters?base=&text=&task=&rank=&namespace=&limit=&cursor=   -> AdapterPage
+    GET    /adapters?base=&text=&task=&rank=&namespace=&author=&limit=&cursor=   -> AdapterPage
     GET    /adapters/{team}/{name}?revision=prod      -> AdapterDetail
     GET    /adapters/{team}/{name}/validation?revision=  -> ValidationRecord
     GET    /adapters/{team}/{name}/history?channel=&limit=  -> History
@@ -9,6 +9,7 @@
     POST   /adapters/{team}/{name}/rollback           Rollback -> ChannelMove
     POST   /adapters/{team}/{name}/protect            Protect  -> ChannelView
     POST   /adapters/{team}/{name}/yank               Yank     -> Resolved
+    GET    /diff?a=team/name@v1&b=team/name@v2        -> Diff
     GET    /events?after=&kind=&repo=&channel=        -> EventPage; as text/event-stream: HubEvent for HubEvent
     GET    /tokens -> TokenList      POST /tokens  TokenCreate -> TokenCreated      DELETE /tokens/{id} -> TokenView
 
@@ -171,6 +172,8 @@ class AdapterDetail(msgspec.Struct, kw_only=True):
     card: str | None
     """`README.md` at this revision."""
     num_downloads: int = 0
+    parent: str | None = None
+    """The version in this repo that training started from, such as `v1`; None where it is not here."""
 
 
 class Promote(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -229,6 +232,41 @@ class Yank(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     revision: str
     reason: Annotated[str, Meta(min_length=1, max_length=2000)] | None
+
+
+class Difference(msgspec.Struct, kw_only=True):
+    """One value that is not the same; nested names are joined by dots."""
+
+    name: str
+    a: Any
+    b: Any
+
+
+class LayerDifference(msgspec.Struct, kw_only=True):
+    """What both do to one weight of the base: Frobenius norms of the changes, and of their difference."""
+
+    module: str
+    a: float | None
+    """None where that adapter leaves the weight alone."""
+    b: float | None
+    difference: float | None
+    """None where it cannot be said: other shapes, DoRA, a bias."""
+
+
+class Diff(msgspec.Struct, kw_only=True):
+    """Two revisions compared; equal parts are left out."""
+
+    a: Resolved
+    b: Resolved
+    config: list[Difference]
+    recipe: list[Difference]
+    data: list[Difference]
+    metrics: list[Difference]
+    targets_only_in_a: list[str]
+    targets_only_in_b: list[str]
+    layers: list[LayerDifference]
+    difference: float | None
+    """Of all layers together; None where one cannot be said."""
 
 
 class HubEvent(msgspec.Struct, kw_only=True):

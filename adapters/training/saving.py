@@ -63,7 +63,14 @@ def card(manifest: Manifest) -> str:
         f"- data {data.digest[:19]}, {data.num_rows} rows, {data.num_supervised_tokens} learned tokens" if data else "",
         *(f"- {name} {value:g}" for name, value in manifest.metrics.items()),
     ]
-    front = {"base_model": base.id if base else None, "library_name": "peft", "tags": ["lora", "peft"]}
+    front = {
+        "base_model": base.id if base else None,
+        # Nobody said: who publishes the adapter replaces it.
+        "license": "unknown",
+        "datasets": (data.files or [data.digest]) if data else None,
+        "library_name": "peft",
+        "tags": ["lora", "peft"],
+    }
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items() if value)
     pin = f"Base `{base.id}`, fingerprint `{base.fingerprint}`, held in {base.quantization}." if base else ""
     return f"---\n{head}\n---\n\n# LoRA adapter\n\n{pin}\n\n" + "\n".join(fact for fact in facts if fact) + "\n"

@@ -6,7 +6,7 @@ from litestar import get, post
 from litestar.params import FromQuery, JSONBody, QueryParameter
 
 from loractl.adapters.errors import NotFound
-from loractl.adapters.reference import DEFAULT_REVISION
+from loractl.adapters.reference import DEFAULT_REVISION, parse_reference
 from loractl.hub.access import ActorDep, HubDep, Policy, RepoDep, policy
 from loractl.hub.registry.catalogue import Search
 from loractl.hub.registry.repos import RepoMoved
@@ -18,6 +18,7 @@ from loractl.hub.wire import (
     AdapterPage,
     ChannelMove,
     ChannelView,
+    Diff,
     History,
     Promote,
     Protect,
@@ -58,13 +59,38 @@ async def list_adapters(
     task: FromQuery[str | None] = None,
     rank: FromQuery[int | None] = None,
     namespace: FromQuery[str | None] = None,
+    author: FromQuery[str | None] = None,
     limit: Limit = DEFAULT_PAGE,
     cursor: FromQuery[str | None] = None,
 ) -> AdapterPage:
     """List the adapters that this token may see, newest first."""
-    wanted = Search(base=base, text=text, task=task, rank=rank, namespace=namespace, limit=limit, cursor=cursor)
+    wanted = Search(
+        base=base,
+        text=text,
+        task=task,
+        rank=rank,
+        namespace=namespace,
+        author=author,
+        limit=limit,
+        cursor=cursor,
+    )
     page = await hub.catalogue.search(wanted, actor=actor)
     return AdapterPage(adapters=await hub.catalogue.summaries(page), next_cursor=page.next_cursor)
+
+
+@get(API_PREFIX + "/diff", opt=policy(Policy.TOKEN))
+async def diff(
+    hub: HubDep,
+    actor: ActorDep,
+    a: Annotated[str, QueryParameter(max_length=400)],
+    b: Annotated[str, QueryParameter(max_length=400)],
+) -> Diff:
+    """Compare two revisions, written as `team/name@revision`."""
+    first, second = parse_reference(a), parse_reference(b)
+    return await hub.comparison.diff(
+        (await hub.repos.find(first.repo_id, actor=actor), first.revision),
+        (await hub.repos.find(second.repo_id, actor=actor), second.revision),
+    )
 
 
 @get(_ADAPTER, opt=policy(Policy.READ))
@@ -117,4 +143,4 @@ async def yank(data: JSONBody[Yank], hub: HubDep, actor: ActorDep, repo: RepoDep
     return await hub.catalogue.resolved(repo, data.revision)
 
 
-ROUTES = [resolve, list_adapters, show, validation, history, promote, rollback, protect, yank]
+ROUTES = [resolve, list_adapters, diff, show, validation, history, promote, rollback, protect, yank]

@@ -43,6 +43,8 @@ class Search:
     task: str | None = None
     rank: int | None = None
     namespace: str | None = None
+    author: str | None = None
+    """The name of the token that pushed what `main` holds."""
     tags: tuple[str, ...] = ()
     sort: str = "updated_at"
     limit: int = 100
@@ -134,6 +136,8 @@ class Catalogue:
             versions = await _versions(connection, repo)
             channels = await _channels(connection, repo)
             validation = await _validation(connection, commit.oid)
+        manifest = read_json(await self._text(tree, MANIFEST_FILE))
+        parent = (manifest or {}).get("parent")
         return AdapterDetail(
             repo_id=repo.repo_id,
             private=repo.private,
@@ -144,9 +148,10 @@ class Catalogue:
             files=[FileView(path=entry.path, size_bytes=entry.size_bytes, sha256=entry.sha256) for entry in tree],
             validation=validation,
             config=read_json(await self._text(tree, CONFIG_FILE)),
-            manifest=read_json(await self._text(tree, MANIFEST_FILE)),
+            manifest=manifest,
             card=(await self._text(tree, CARD_FILE)).decode("utf-8", "replace") or None,
             num_downloads=repo.num_downloads,
+            parent=next((one.version for one in versions if parent is not None and one.digest == parent), None),
         )
 
     async def validation(self, repo: Repo, revision: str) -> ValidationRecord | None:
@@ -212,6 +217,8 @@ def _conditions(wanted: Search, actor: Actor) -> list[ColumnElement[bool]]:
         conditions.append(commit.c.rank == wanted.rank)
     if wanted.namespace is not None:
         conditions.append(repo.c.namespace == wanted.namespace)
+    if wanted.author is not None:
+        conditions.append(commit.c.author == wanted.author)
     if wanted.text:
         folded = wanted.text.casefold()
         conditions.append(

@@ -92,6 +92,8 @@ class Repos:
             raise repo_not_found(repo_id)
         repo = repo_of(row)
         if not actor.may("read", repo.repo_id, private=repo.private):
+            # The same work as for a repo that is not there, so that time tells nothing either.
+            await self._raise_if_moved(connection, repo_id, actor=actor)
             raise repo_not_found(repo_id)
         actor.require(right, repo.repo_id, private=repo.private)
         return repo
@@ -115,7 +117,9 @@ class Repos:
             existing = await self._existing(connection, repo_id)
             if existing is not None:
                 if existing.repo_id != repo_id:
-                    raise Conflict(f"{repo_id} is, or was, the name of {existing.repo_id}", hint="choose another name")
+                    may_know = actor.may("read", existing.repo_id, private=existing.private)
+                    whose = existing.repo_id if may_know else "another repo"
+                    raise Conflict(f"{repo_id} is, or was, the name of {whose}", hint="choose another name")
                 return CreatedRepo(existing, is_new=False)
             now = time.time()
             await self._ensure_namespace(connection, namespace, now)

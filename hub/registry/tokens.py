@@ -4,7 +4,7 @@ import hashlib
 import secrets
 import time
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, or_, select, update
 
 from loractl.adapters.errors import NotFound, Unauthenticated
 from loractl.hub import tables
@@ -112,6 +112,14 @@ class Tokens:
             await emit(connection, "token.revoked", None, {"id": token_id, "name": row.name})
         self._cache.clear()
         return _view(row)
+
+    async def any_valid(self) -> bool:
+        """Tell whether somebody could use this hub."""
+        table = tables.token
+        lives = or_(table.c.expires_at.is_(None), table.c.expires_at > time.time())
+        async with self._database.read() as connection:
+            query = select(table.c.id).where(table.c.revoked_at.is_(None), lives).limit(1)
+            return (await connection.execute(query)).first() is not None
 
     async def any_exist(self) -> bool:
         async with self._database.read() as connection:
