@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from live_hub import LiveHub, live_hub
+from live_postgres import LivePostgres
 from loractl.adapters.errors import NotAllowed
 from loractl.hub.event_client import Gone, Lost, Ready, Told, follow_events
 from loractl.hub.registry.journal import KINDS
@@ -292,3 +293,16 @@ def test_silence_is_filled_with_heartbeats(quick_hub: LiveHub) -> None:
     with quick_hub.http() as http, http.stream("GET", _EVENTS, headers={"accept": "text/event-stream"}) as stream:
         lines = stream.iter_lines()
         assert any(line == ":" for _, line in zip(range(20), lines, strict=False))
+
+
+@pytest.mark.slow
+def test_change_made_by_one_process_is_told_by_another_of_the_same_hub(postgres: LivePostgres, tmp_path: Path) -> None:
+    url = postgres.create_database("events-of-two")
+    with live_hub(tmp_path / "one", database_url=url) as one, live_hub(tmp_path / "two", database_url=url) as two:
+        later = threading.Timer(0.5, lambda: two.api().create_repo("team/name"))
+        later.start()
+        told = _follow(one, until=2)
+        later.join()
+    assert isinstance(told[0], Ready)
+    assert isinstance(told[1], HubEvent)
+    assert (told[1].kind, told[1].repo_id) == ("repo.created", "team/name")
