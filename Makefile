@@ -58,10 +58,13 @@ charts-checkov: dev ## checkov on the chart but for what users add (extras); a l
 	done
 	build/checkov/bin/checkov --skip-download --config-file charts/checkov.yaml --directory build/rendered
 
+drills: dev ## The fault drills at full length, figures printed (minutes)
+	LORACTL_DRILLS=long $(BIN)/pytest -q -s -m drill
+
 ops-up: dev ## A real Prometheus on a real hub and server: the alert rules evaluate, then all ends
 	PYTHONPATH=tests/support $(BIN)/python tests/support/ops_up.py
 
 clean: ## Remove what was made here (not the caches in ~/.cache/loractl)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help ns dev lint types check test help-snapshots demo charts charts-checkov ops-up clean
+.PHONY: help ns dev lint types check test help-snapshots demo charts charts-checkov drills ops-up clean

@@ -22,7 +22,7 @@ from loractl.server.generation import (
 )
 from loractl.server.http_input import read_body
 from loractl.server.openai_errors import decode_body
-from loractl.server.openai_wire import MAX_CHOICES, ChatRequest, Common, CompletionRequest
+from loractl.server.openai_wire import MAX_CHOICES, ChatRequest, Common, CompletionRequest, num_chars
 from loractl.server.replies import ChatWriter, Frame, TextWriter, Writer, streamed_answer, whole_answer
 from loractl.server.serving import Serving
 from loractl.server.stream import ClientGone, EventStream, SlowReader, unless_gone
@@ -71,6 +71,7 @@ class _Generation:
         body = decode_body(await read_body(self._request, serving.settings), ChatRequest)
         self._check(body)
         plan = plan_tools(body, serving.prompts.tokenizer)
+        serving.check_length(sum(num_chars(message) for message in body.messages), field="messages")
         with self._counted():
             adapters = await serving.adapters_of(body, self._key)
             prompt = await serving.prompts.from_chat(
@@ -122,6 +123,7 @@ class _Generation:
         tokenized: list[tuple[int, ...]] = []
         for item in given:
             if isinstance(item, str):
+                self._serving.check_length(len(item), field="prompt")
                 tokenized.append(await prompts.from_text(item))
             elif isinstance(item, list):
                 prompts.check_ids(item, field="prompt")

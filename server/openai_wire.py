@@ -127,6 +127,12 @@ class Message(msgspec.Struct, kw_only=True):
     tool_call_id: Label | None = None
 
 
+def num_chars(message: Message) -> int:
+    """Characters of text in one turn."""
+    content = message.content or ""
+    return len(content) if isinstance(content, str) else sum(len(part.text or "") for part in content)
+
+
 class FunctionSpec(Closed):
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: Annotated[str, Meta(max_length=16384)] | None = None

@@ -39,6 +39,11 @@ class Prompts:
     def vocab_size(self) -> int:
         return len(self.tokenizer)
 
+    @functools.cached_property
+    def longest_token_chars(self) -> int:
+        """Characters of the longest entry of the vocabulary."""
+        return max(len(piece) for piece in self.tokenizer.get_vocab())
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 

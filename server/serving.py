@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from loractl.adapters.errors import Draining, NotFound, RepoNotFound
+from loractl.adapters.errors import ContextExceeded, Draining, NotFound, RepoNotFound
 from loractl.adapters.reference import Digest
 from loractl.server.access import Access, Key
 from loractl.server.bridge import Bridge
@@ -109,6 +109,16 @@ class Serving:
             self.metrics.name_adapter(adapter.found.digest, adapter.found.name)
             self.bridge.engine.prefetch(adapter.use)
         return tuple(found)
+
+    def check_length(self, num_chars: int, *, field: str) -> None:
+        """Raise ContextExceeded for a text that no window of tokens can hold, before seconds go into tokenizing it."""
+        window = self.bridge.engine.max_model_len
+        if num_chars > window * self.prompts.longest_token_chars:
+            raise ContextExceeded(
+                f"the prompt has {num_chars} characters, more than {window} tokens can hold",
+                hint=f"this model's window is {window} tokens, prompt and output together",
+                field=field,
+            )
 
     def bookings(self, adapters: Sequence[ServedAdapter]) -> list[Key]:
         """The adapters of a request as quotas see them; none where no adapter has limits."""
