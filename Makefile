@@ -67,4 +67,7 @@ ops-up: dev ## A real Prometheus on a real hub and server: the alert rules evalu
 clean: ## Remove what was made here (not the caches in ~/.cache/loractl)
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help ns dev lint types check test help-snapshots demo charts charts-checkov drills ops-up clean
+conformance: dev ## The Hugging Face protocol, every client on both kinds of hub (ONLY=0.36.2 picks); JUnit in build/conformance
+	$(BIN)/python tests/support/run_conformance.py --all $(if $(ONLY),--only $(ONLY))
+
+.PHONY: conformance help ns dev lint types check test help-snapshots demo charts charts-checkov drills ops-up clean

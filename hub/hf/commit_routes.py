@@ -187,6 +187,8 @@ async def _read_changes(request: AnyRequest, hub: Hub, repo: Repo) -> Changes:
             case "file":
                 small = _decode(line.value, FileValue, num_lines)
                 _check_new(small.path, files, large, num_lines)
+                if len(files) >= hub.settings.max_files_per_repo:
+                    raise WillNotFit(f"more than {hub.settings.max_files_per_repo} files in one commit")
                 files[small.path] = await _keep_small(small, hub, repo, num_lines)
             case "lfsFile":
                 lfs = _decode(line.value, LfsFileValue, num_lines)

@@ -61,7 +61,7 @@ async def list_models(request: AnyRequest, hub: HubDep, actor: ActorDep) -> Resp
             view["siblings"] = siblings_view(tree, with_blobs=False)
         found.append(view)
     headers = {}
-    if page.next_cursor is not None and limit > len(found):
+    if page.next_cursor is not None:
         headers = _next_page(request, hub, cursor=page.next_cursor)
     return Response(found, headers=headers)
 
