@@ -28,12 +28,12 @@ from loractl.server.engine.messages import (
     Token,
 )
 from loractl.server.engine.runner import Part, Runner
-from loractl.server.engine.sampler import RowSampler
+from loractl.server.engine.sampler import RowSampler, prompt_logprobs
 from loractl.server.engine.scheduler import Scheduler
 from loractl.server.engine.sequence import Sequence
 from loractl.server.engine.settings import EngineSettings
 from loractl.server.engine.slots import AdapterSlots
-from loractl.server.engine.stats import EngineCounters, EngineStats, SlotStats, StepRecord, StepResult
+from loractl.server.engine.stats import EngineCounters, EngineStats, StepRecord, StepResult
 from loractl.server.engine.text import TextStream
 
 
@@ -63,11 +63,12 @@ class Engine:
         self.settings = settings
         num_blocks = choose_num_blocks(base, settings)
         self._runner = Runner(base, num_blocks=num_blocks, block_size=settings.block_size)
-        head = base.model.get_output_embeddings()
         self._slots = AdapterSlots(
-            {name: layer for name, layer in self._runner.layers.items() if layer is not head},
+            self._runner.layers,
+            sides=self._runner.sides,
             num_slots=settings.num_slots,
             max_rank=settings.max_rank,
+            truncate_rank=settings.truncate_rank,
             dtype=self._runner.dtype,
             device=self._runner.device,
             host_cache_bytes=settings.host_cache_bytes,
@@ -207,7 +208,7 @@ class Engine:
                 length=sequence.num_computed + num_tokens,
                 blocks=sequence.blocks,
                 slots=tuple((slots[digest], weight) for digest, weight in sequence.adapter_key),
-                wants_logits=num_tokens == sequence.num_pending,
+                num_logits=_num_logits(sequence, num_tokens),
             )
             for sequence, num_tokens in chosen
         ]
@@ -222,10 +223,18 @@ class Engine:
         events: list[Event] = []
         row = 0
         for (sequence, num_tokens), part in zip(chosen, parts, strict=True):
+            mine = logits[row : row + part.num_logits]
+            row += part.num_logits
+            if sequence.wants_prompt_logprobs:
+                sequence.prompt_logprobs += prompt_logprobs(
+                    mine,
+                    sequence.tokens[: sequence.num_prompt],
+                    first=sequence.num_computed,
+                    num_top=sequence.submit.sampling.num_prompt_logprobs or 0,
+                )
             self._scheduler.computed(sequence, num_tokens)
-            if part.wants_logits:
-                events += self._advance(sequence, logits[row])
-                row += 1
+            if sequence.num_pending == 0:
+                events += self._advance(sequence, mine[-1])
         return events
 
     def _advance(self, sequence: Sequence, logits: Tensor) -> list[Event]:
@@ -275,6 +284,7 @@ class Engine:
                 num_prompt_tokens=sequence.num_prompt,
                 num_cached_tokens=sequence.num_cached,
                 num_output_tokens=sequence.num_outputs,
+                prompt_logprobs=sequence.shown_prompt_logprobs,
                 timing=sequence.timing(time.monotonic()),
             ),
         )
@@ -317,10 +327,7 @@ class Engine:
             block_size=self.settings.block_size,
             num_slots=self.settings.num_slots,
             max_rank=self.settings.max_rank,
-            slots=tuple(
-                SlotStats(digest=digest, rank=rank, pinned=pinned, num_running=holders)
-                for digest, rank, pinned, holders in slots.slots()
-            ),
+            slots=slots.slots(),
             host_digests=host_digests,
             host_bytes=host_bytes,
             running_adapters=_digests(scheduler.running),
@@ -341,6 +348,13 @@ class Engine:
                 max_distinct_adapters_in_step=self._totals["most_adapters"],
             ),
         )
+
+
+def _num_logits(sequence: Sequence, num_tokens: int) -> int:
+    """Rows whose logits somebody reads: the last one before a choice, or all while the prompt's are asked for."""
+    if sequence.wants_prompt_logprobs:
+        return num_tokens
+    return int(num_tokens == sequence.num_pending)
 
 
 def _digests(sequences: list[Sequence]) -> tuple[Digest, ...]:

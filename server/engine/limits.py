@@ -5,7 +5,7 @@ import os
 from loractl.adapters.errors import BadRequest, Unsupported, WillNotFit
 from loractl.server.engine.base_model import BaseModel
 from loractl.server.engine.messages import Submit
-from loractl.server.engine.runner import kv_shape
+from loractl.server.engine.model_shape import kv_shape
 from loractl.server.engine.settings import EngineSettings
 
 # Automatic sizing stops here: blocks that no batch fills only cost memory.
@@ -47,5 +47,3 @@ def check_request(request: Submit, *, max_model_len: int, vocab_size: int) -> No
         raise BadRequest(f"logit_bias names token ids outside 0 to {vocab_size - 1}", field="logit_bias")
     if sampling.constraint is not None:
         raise Unsupported("this server does not constrain outputs", field="response_format")
-    if sampling.num_prompt_logprobs is not None:
-        raise Unsupported("this server gives no log probabilities of prompts", field="prompt_logprobs")

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loractl.adapters.errors import Unsupported
+from loractl.server.engine.adapter_reading import ServedLayers
 from loractl.server.engine.base_model import BaseModel
 from loractl.server.engine.kernels.attention import PagedBatch, paged_attention, write_kv
 from loractl.server.engine.kernels.linear import PackedLinear, replace_linears
 from loractl.server.engine.kernels.lora import LoraBatch, LoraSpan, LoraStep
+from loractl.server.engine.model_shape import attention_modules, check_servable, kv_shape
+from loractl.server.engine.side_lora import SideSite, watch
 
 _ATTENTION = "loractl_paged"
 
@@ -28,7 +30,8 @@ class Part:
     length: int
     blocks: Sequence[int]
     slots: tuple[tuple[int, float], ...]
-    wants_logits: bool
+    num_logits: int
+    """How many of its last rows want logits."""
 
 
 @dataclass(slots=True)
@@ -51,35 +54,66 @@ class Runner:
     def __init__(self, base: BaseModel, *, num_blocks: int, block_size: int) -> None:
         self._model = base.model
         self._block_size = block_size
-        self._lora = LoraStep()
+        self._lora, self._head_lora = LoraStep(), LoraStep()
         self._step = _Step()
+        check_servable(base.model)
         self.dtype = next(p.dtype for p in base.model.parameters() if p.dtype.is_floating_point)
         self.device = next(base.model.parameters()).device
-        self.layers = _packed_layers(base.model, step=self._lora, dtype=self.dtype)
+        self.layers, self.sides = self._replace_layers()
         self._attach_caches(num_blocks)
-        config = base.model.config.get_text_config()
-        self._softcap = getattr(config, "final_logit_softcapping", None)
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Tensor:
-        """Compute all parts and return float32 logits [parts that want them, vocabulary], in order."""
+        """Compute all parts and return float32 logits [rows that want them, vocabulary], in order."""
         ids = [token for part in parts for token in part.tokens]
-        self._step.batch = PagedBatch.build(
+        batch = self._step.batch = PagedBatch.build(
             [(len(part.tokens), part.length, part.blocks) for part in parts],
             block_size=self._block_size,
             device=self.device,
         )
-        self._lora.batch = LoraBatch.build(_spans(parts), num_rows=len(ids), device=self.device)
-        hidden = self._model.base_model(
-            input_ids=torch.tensor([ids], device=self.device),
-            position_ids=self._step.batch.positions.unsqueeze(0),
-            use_cache=False,
-        ).last_hidden_state[0]
-        last = [end - 1 for (_, end, _), part in zip(self._step.batch.bounds, parts, strict=True) if part.wants_logits]
-        # The head has no slot: adapters never reach it.
-        self._lora.batch = None
-        logits: Tensor = self._model.get_output_embeddings()(hidden[last]).float()
-        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+        self._lora.batch = LoraBatch.build(
+            _spans([(len(part.tokens), part.slots) for part in parts]), num_rows=len(ids), device=self.device
+        )
+        rows = [
+            row
+            for (_, end, _), part in zip(batch.bounds, parts, strict=True)
+            for row in range(end - part.num_logits, end)
+        ]
+        # The head sees only the rows that want logits.
+        self._head_lora.batch = LoraBatch.build(
+            _spans([(part.num_logits, part.slots) for part in parts]), num_rows=len(rows), device=self.device
+        )
+        inputs = {
+            "input_ids": torch.tensor([ids], device=self.device),
+            "position_ids": batch.positions.unsqueeze(0),
+            "use_cache": False,
+        }
+        if not rows:
+            self._model.base_model(**inputs)
+            return torch.empty(0, 0)
+        # Through the whole model, whatever it does after its head (soft caps, scales).
+        logits: Tensor = self._model(**inputs, logits_to_keep=torch.tensor(rows, device=self.device)).logits[0]
+        return logits.float()
+
+    def _replace_layers(self) -> tuple[ServedLayers, dict[str, SideSite]]:
+        model = self._model
+        linear = _packed_layers(model, step=self._lora, dtype=self.dtype)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        names = {id(module): name for name, module in model.named_modules()}
+        head.step = self._head_lora
+        layers = ServedLayers(
+            linear={name: layer for name, layer in linear.items() if layer is not head},
+            head_name=names[id(head)],
+            head=head,
+            embedding_name=names[id(embedding)],
+            embedding_weight=embedding.weight.data,
+            embedding_scale=float(getattr(embedding, "embed_scale", 1.0)),
+            is_tied=bool(model.config.get_text_config().tie_word_embeddings),
+        )
+        sides = {layers.head_name: SideSite(is_embedding=False), layers.embedding_name: SideSite(is_embedding=True)}
+        watch(head, sides[layers.head_name], self._head_lora)
+        watch(embedding, sides[layers.embedding_name], self._lora)
+        return layers, sides
 
     def _attach_caches(self, num_blocks: int) -> None:
         from transformers import AttentionInterface
@@ -100,26 +134,6 @@ def _packed_layers(model: Any, *, step: LoraStep, dtype: torch.dtype) -> dict[st
     for layer in there.values():
         layer.step = step
     return there or replace_linears(model, step=step, dtype=dtype)
-
-
-def attention_modules(model: Any) -> list[Any]:
-    """The modules that call an attention function, in the order of their layers."""
-    found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
-    layers = model.config.get_text_config().num_hidden_layers
-    if len(found) != layers:
-        raise Unsupported(
-            f"{model.config.model_type}: {len(found)} attention modules for {layers} layers",
-            hint="the engine serves decoders with one standard attention a layer",
-        )
-    return sorted(found, key=lambda module: int(module.layer_idx))
-
-
-def kv_shape(model: Any) -> tuple[int, int]:
-    """(key-value heads, their dimension) of a layer."""
-    config = model.config.get_text_config()
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    return heads, dim
 
 
 def _attend(
@@ -147,9 +161,10 @@ def _attend(
     return out.unsqueeze(0), None
 
 
-def _spans(parts: Sequence[Part]) -> list[LoraSpan]:
+def _spans(counts: Sequence[tuple[int, tuple[tuple[int, float], ...]]]) -> list[LoraSpan]:
     spans, start = [], 0
-    for part in parts:
-        spans.append(LoraSpan(start, start + len(part.tokens), part.slots))
-        start += len(part.tokens)
+    for num_rows, slots in counts:
+        if num_rows:
+            spans.append(LoraSpan(start, start + num_rows, slots))
+        start += num_rows
     return spans

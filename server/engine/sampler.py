@@ -79,3 +79,17 @@ class RowSampler:
             outside = ordered.cumsum(0) - ordered >= sampling.top_p * ordered.sum()
             probabilities = probabilities.index_fill(0, ids[outside], 0.0)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def prompt_logprobs(logits: Tensor, prompt: Tokens[int], *, first: int, num_top: int) -> list[tuple[TokenLogprob, ...]]:
+    """Log probabilities of the prompt's tokens after positions `first` and on, from `logits` [positions, vocabulary].
+
+    Per position the token that stands there, then the likeliest ones; the model's own, no filter applied.
+    """
+    found = []
+    for row, actual in zip(logits, prompt[first + 1 :], strict=False):
+        logprobs = torch.log_softmax(row.float(), dim=-1)
+        values, ids = logprobs.topk(num_top)
+        pairs = [(actual, float(logprobs[actual])), *zip(ids.tolist(), values.tolist(), strict=True)]
+        found.append(tuple(TokenLogprob(token_id=index, logprob=value) for index, value in pairs))
+    return found

@@ -151,7 +151,8 @@ class Scheduler:
         self.running.append(sequence)
 
     def _share_prefix(self, sequence: Sequence) -> None:
-        if not self._settings.prefix_cache:
+        # Cached blocks have no logits.
+        if not self._settings.prefix_cache or sequence.wants_prompt_logprobs:
             return
         # The last token is always computed anew: its logits are what the next one is chosen from.
         keys = self._keys(sequence, (len(sequence.tokens) - 1) // self._settings.block_size)
@@ -191,6 +192,8 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.num_computed = 0
+        if sequence.wants_prompt_logprobs:
+            sequence.prompt_logprobs.clear()
         self.waiting.insert(0, sequence)
         self.num_preemptions += 1
 

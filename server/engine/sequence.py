@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 from loractl.adapters.reference import Digest
 from loractl.server.engine.kv_cache import BlockKey, root_key
@@ -38,8 +37,6 @@ class Sequence:
     first_token_at: float | None = None
     adapter_ready_at: float | None = None
     prompt_logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list[tuple[TokenLogprob, ...]])
-    matcher: Any = None
-    """The state of a constrained output, None without a constraint."""
 
     @classmethod
     def of(cls, submit: Submit, text: TextStream) -> "Sequence":
@@ -69,6 +66,17 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens that still need K and V before the next token can be chosen."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether some of the prompt's log probabilities are asked for and still missing."""
+        asked = self.submit.sampling.num_prompt_logprobs is not None
+        return asked and len(self.prompt_logprobs) < self.num_prompt - 1
+
+    @property
+    def shown_prompt_logprobs(self) -> tuple[tuple[TokenLogprob, ...], ...] | None:
+        """What is reported at the end; None when nobody asked."""
+        return None if self.submit.sampling.num_prompt_logprobs is None else tuple(self.prompt_logprobs)
 
     @property
     def digests(self) -> tuple[Digest, ...]:

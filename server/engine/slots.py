@@ -1,4 +1,4 @@
-"""Room on the device for adapters: reading, checking, loading, evicting. Knows digests and layers, no requests.
+"""Room on the device for adapters: loading, holding, evicting. Knows digests, no requests and no file formats.
 
 A slot is one contiguous row of a slab over all layers, so a load is one copy. Files are read by loader threads; only
 that copy happens on the engine's thread, between steps.
@@ -7,37 +7,16 @@ that copy happens on the engine's thread, between steps.
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from loractl.adapters.config import LoraSpec, read_config
-from loractl.adapters.digest import CONFIG_FILE, WEIGHTS_FILE
-from loractl.adapters.errors import AdapterInvalid, Incompatible, LoractlError, NotFound, Unsupported, WillNotFit
-from loractl.adapters.layout import LoraLayout, lay_out
+from loractl.adapters.errors import AdapterInvalid, LoractlError, NotFound, WillNotFit
 from loractl.adapters.reference import Digest
-from loractl.adapters.tensors import TensorFile, open_tensors
-from loractl.server.engine.kernels.linear import PackedLinear
-from loractl.server.engine.kernels.lora import LoraSite
+from loractl.server.engine.adapter_reading import AdapterReader, HostAdapter, ServedLayers
 from loractl.server.engine.kv_cache import BooksError
-
-
-@dataclass(frozen=True, slots=True)
-class HostAdapter:
-    """An adapter ready to be copied: one slot's numbers, and the rank at each layer it reaches."""
-
-    row: Tensor  # [numbers]
-    ranks: Mapping[str, int]
-
-    @property
-    def rank(self) -> int:
-        return max(self.ranks.values())
-
-    @property
-    def size_bytes(self) -> int:
-        return self.row.numel() * self.row.element_size()
+from loractl.server.engine.side_lora import SideSite
+from loractl.server.engine.stats import SlotStats
 
 
 class AdapterSlots:
@@ -45,29 +24,27 @@ class AdapterSlots:
 
     def __init__(
         self,
-        layers: Mapping[str, PackedLinear],
+        layers: ServedLayers,
         *,
+        sides: Mapping[str, SideSite],
         num_slots: int,
         max_rank: int,
+        truncate_rank: bool,
         dtype: torch.dtype,
         device: torch.device,
         host_cache_bytes: int,
         num_loaders: int,
     ) -> None:
         self.num_slots, self.max_rank = num_slots, max_rank
-        self._layers = layers
-        self._dtype = dtype
-        sizes = {
-            name: LoraSite.numel(d_in=x.in_features, d_out=x.out_features, rank_max=max_rank, with_gain=False)
-            for name, x in layers.items()
-        }
-        self._num_numbers = sum(sizes.values())
-        self._slab = torch.zeros(num_slots, self._num_numbers, dtype=dtype, device=device)
-        self._sites = self._carve(self._slab)
-        for name, layer in layers.items():
+        self._device = device
+        self._sides = sides
+        self._reader = AdapterReader(layers, max_rank=max_rank, truncate_rank=truncate_rank, dtype=dtype)
+        self._slab = torch.zeros(num_slots, self._reader.num_numbers, dtype=dtype, device=device)
+        self._sites = self._reader.carve(self._slab)
+        for name, layer in layers.linear.items():
             layer.site = self._sites[name]
         self._slot_of: OrderedDict[Digest, int] = OrderedDict()  # least recently used first
-        self._ranks: dict[Digest, int] = {}
+        self._shown: dict[Digest, tuple[int, float]] = {}
         self._free = list(range(num_slots - 1, -1, -1))
         self._holders: Counter[Digest] = Counter()
         self._pinned: set[Digest] = set()
@@ -88,7 +65,7 @@ class AdapterSlots:
     def want(self, digest: Digest, folder: Path) -> None:
         """Begin to read an adapter unless it is near already; returns at once."""
         if digest not in self._slot_of and digest not in self._host and digest not in self._loading:
-            self._loading[digest] = self._loaders.submit(self._read, folder)
+            self._loading[digest] = self._loaders.submit(self._reader.read, folder)
 
     def failure(self, digest: Digest) -> LoractlError | None:
         """The error of a load that has failed; asking again clears it, so the next request tries anew."""
@@ -113,9 +90,12 @@ class AdapterSlots:
             return False
         self._slab[slot].copy_(host.row)
         for name, site in self._sites.items():
-            site.set_slot(slot, rank=host.ranks.get(name, 0))
+            site.set_slot(slot, rank=host.ranks.get(name, 0), has_gain=name in host.gains)
+        for name, side in self._sides.items():
+            part = host.sides.get(name)
+            side.set_slot(slot, None if part is None else part.to(self._device))
         self._slot_of[digest] = slot
-        self._ranks[digest] = host.rank
+        self._shown[digest] = (host.rank, host.energy_kept)
         self.num_loads += 1
         return True
 
@@ -152,9 +132,19 @@ class AdapterSlots:
         """Where each resident adapter is."""
         return self._slot_of
 
-    def slots(self) -> list[tuple[Digest, int, bool, int]]:
-        """(digest, rank, pinned, holders) of every filled slot."""
-        return [(d, self._ranks[d], d in self._pinned, self._holders.get(d, 0)) for d in self._slot_of]
+    def slots(self) -> tuple[SlotStats, ...]:
+        """Every filled slot, least recently used first."""
+        return tuple(
+            SlotStats(
+                digest=digest,
+                rank=rank,
+                pinned=digest in self._pinned,
+                num_running=self._holders.get(digest, 0),
+                energy_kept=energy_kept,
+            )
+            for digest in self._slot_of
+            for rank, energy_kept in [self._shown[digest]]
+        )
 
     def host(self) -> tuple[tuple[Digest, ...], int]:
         """Digests on the host tier, and their bytes."""
@@ -170,9 +160,7 @@ class AdapterSlots:
 
     def check_servable(self, folder: Path) -> None:
         """Raise Incompatible, Unsupported or AdapterInvalid unless a slot can hold the adapter in `folder`."""
-        spec = read_config((folder / CONFIG_FILE).read_bytes(), where=str(folder / CONFIG_FILE))
-        self._check_spec(spec)
-        self._check_layout(lay_out(open_tensors(folder / WEIGHTS_FILE).entries.values()))
+        self._reader.check(folder)
 
     def close(self) -> None:
         self._loaders.shutdown(wait=False, cancel_futures=True)
@@ -208,73 +196,5 @@ class AdapterSlots:
 
     def _evict(self, digest: Digest) -> None:
         self._free.append(self._slot_of.pop(digest))
-        del self._ranks[digest]
+        del self._shown[digest]
         self.num_evictions += 1
-
-    def _carve(self, slab: Tensor) -> dict[str, LoraSite]:
-        sites, offset = {}, 0
-        for name, layer in self._layers.items():
-            d_in, d_out = layer.in_features, layer.out_features
-            sites[name] = LoraSite.carve(slab, offset, d_in=d_in, d_out=d_out, rank_max=self.max_rank)
-            offset += LoraSite.numel(d_in=d_in, d_out=d_out, rank_max=self.max_rank, with_gain=False)
-        return sites
-
-    def _read(self, folder: Path) -> HostAdapter:
-        spec = read_config((folder / CONFIG_FILE).read_bytes(), where=str(folder / CONFIG_FILE))
-        self._check_spec(spec)
-        file = open_tensors(folder / WEIGHTS_FILE)
-        layout = lay_out(file.entries.values())
-        self._check_layout(layout)
-        row = torch.zeros(1, self._num_numbers, dtype=self._dtype)
-        sites = self._carve(row)
-        ranks = {}
-        for name, module in layout.modules.items():
-            if module.a is None or module.b is None:
-                raise AdapterInvalid(f"{folder}: {name} lacks one of its two matrices")
-            rank = ranks[name] = module.a.shape[0]
-            sites[name].a[0, :rank] = _tensor(file, module.a.name)
-            sites[name].b[0, :, :rank] = _tensor(file, module.b.name) * spec.scaling_of(name)
-        return HostAdapter(row[0], ranks)
-
-    def _check_spec(self, spec: LoraSpec) -> None:
-        unsupported = {
-            "use_dora": spec.use_dora,
-            "use_qalora": spec.use_qalora,
-            "lora_bias": spec.lora_bias,
-            "bias": spec.bias != "none",
-            "modules_to_save": bool(spec.modules_to_save),
-            "target_parameters": bool(spec.target_parameters),
-            "trainable_token_indices": bool(spec.trainable_token_indices),
-            "layer_replication": bool(spec.layer_replication),
-            "alora_invocation_tokens": bool(spec.alora_invocation_tokens),
-        }
-        if named := [name for name, is_set in unsupported.items() if is_set]:
-            raise Unsupported(f"the adapter uses {', '.join(named)}, which this server does not serve")
-        if spec.peft_type != "LORA":
-            raise Unsupported(f"the adapter is {spec.peft_type}, not LORA")
-
-    def _check_layout(self, layout: LoraLayout) -> None:
-        if layout.whole or layout.base_weights or layout.tokens:
-            raise Unsupported("the adapter holds whole weights of the base, which this server does not serve")
-        if not layout.modules:
-            raise AdapterInvalid("the adapter changes no module")
-        for name, module in layout.modules.items():
-            layer = self._layers.get(name)
-            if layer is None or module.is_embedding:
-                raise Incompatible(f"this base has no linear layer {name} that an adapter can change")
-            if module.a is None or module.b is None:
-                raise AdapterInvalid(f"{name} lacks one of its two matrices")
-            shape = (module.a.shape[1], module.b.shape[0])
-            if shape != (layer.in_features, layer.out_features):
-                raise Incompatible(
-                    f"{name} is {shape} in the adapter, {layer.in_features, layer.out_features} in the base"
-                )
-            if module.a.shape[0] > self.max_rank:
-                raise Unsupported(
-                    f"rank {module.a.shape[0]} of {name} is above this server's {self.max_rank}",
-                    hint=f"serve with --max-rank {module.a.shape[0]}",
-                )
-
-
-def _tensor(file: TensorFile, name: str) -> Tensor:
-    return torch.from_numpy(file.read_float32(name).copy())

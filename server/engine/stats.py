@@ -36,6 +36,8 @@ class SlotStats:
     num_running: int
     """Requests that hold the slot now."""
     loading: bool = False
+    energy_kept: float = 1.0
+    """Share of the adapter's squared change that is served; below 1.0 when its rank was cut to the slots'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,20 +2,20 @@
 
 import gc
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+import transformers
 
 from engine_drive import Drive
-from loractl.adapters.base_loading import teach_layout
 from loractl.adapters.digest import folder_digest
+from loractl.adapters.errors import Unsupported
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
 from loractl.server.engine.messages import AdapterUse, RequestId, Sampling, Submit
+from loractl.server.engine.model_shape import check_servable
 from loractl.server.engine.settings import EngineSettings
+from peft_oracle import alone
 from tiny_families import FAMILIES, make_family_base
 from tiny_models import make_adapter
 
@@ -31,21 +31,6 @@ SOME_TARGETS = {
     "gpt_neox": ["query_key_value"],
     "gpt_neox-serial": ["dense_h_to_4h"],
 }
-
-
-def _alone(folder: Path, use: AdapterUse | None, prompt: tuple[int, ...]) -> tuple[list[int], list[float]]:
-    teach_layout(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    if use is not None:
-        model = PeftModel.from_pretrained(model, str(use.folder))
-    model.eval()
-    ids, logprobs = list(prompt), []
-    for _ in range(NUM_OUTPUT_TOKENS):
-        with torch.inference_mode():
-            scores = torch.log_softmax(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1], -1)
-        ids.append(int(scores.argmax()))
-        logprobs.append(float(scores.max()))
-    return ids[len(prompt) :], logprobs
 
 
 @pytest.mark.slow
@@ -75,7 +60,7 @@ def test_family_answers_as_peft_alone_in_a_mixed_batch(tmp_path: Path, family: s
     drive.until_ended()
     answers = set()
     for name, use, prompt in cases:
-        ids, logprobs = _alone(folder, use, prompt)
+        ids, logprobs, _ = alone(folder, None if use is None else use.folder, prompt, NUM_OUTPUT_TOKENS)
         outcome = drive.outcomes[RequestId(name)]
         assert outcome.ids == ids, f"{family} {name}"
         assert [token.logprob for token in outcome.tokens] == pytest.approx(logprobs, abs=1e-4), f"{family} {name}"
@@ -84,3 +69,33 @@ def test_family_answers_as_peft_alone_in_a_mixed_batch(tmp_path: Path, family: s
     assert drive.engine.stats().counters.max_distinct_adapters_in_step == 2
     drive.engine.close()
     gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "named"),
+    [
+        ("BloomConfig", {"vocab_size": 384, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "ALiBi"),
+        (
+            "MixtralConfig",
+            {
+                "vocab_size": 384,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "num_local_experts": 2,
+            },
+            "experts",
+        ),
+        ("MambaConfig", {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}, "mamba"),
+    ],
+)
+def test_base_that_packed_rows_cannot_carry_is_refused_by_name(
+    name: str, settings: dict[str, object], named: str
+) -> None:
+    config = getattr(transformers, name)(**settings)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(Unsupported, match=named):
+        check_servable(model)

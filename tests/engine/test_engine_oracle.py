@@ -229,5 +229,3 @@ def test_adapter_of_another_shape_or_rank_is_refused_with_the_reason(
         engine.resolve_adapter(make_adapter(other, tmp_path / "other-adapter"))
     with pytest.raises(Incompatible, match="rank 16"):
         engine.resolve_adapter(make_adapter(base, tmp_path / "high", r=16))
-    with pytest.raises(Incompatible, match="use_dora"):
-        engine.resolve_adapter(make_adapter(base, tmp_path / "dora", use_dora=True))

@@ -9,7 +9,7 @@ import pytest
 
 from engine_drive import Drive
 from loractl.adapters.digest import folder_digest
-from loractl.adapters.errors import BadRequest, EngineFailure, Incompatible, LoractlError, Overloaded, Unsupported
+from loractl.adapters.errors import BadRequest, EngineFailure, LoractlError, Overloaded, Unsupported
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
 from loractl.server.engine.messages import AdapterUse, Cancel, RequestId, Sampling, Submit
@@ -142,7 +142,8 @@ def test_submit_refuses_when_the_prompt_exceeds_the_model_or_the_queue_is_full(d
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"), [({"use_dora": True}, "use_dora"), ({"r": 16}, "rank 16"), ({"bias": "all"}, "bias")]
+    ("settings", "named"),
+    [({"trainable_token_indices": [1]}, "trainable_token_indices"), ({"r": 16}, "rank 16"), ({"bias": "all"}, "bias")],
 )
 def test_resolve_adapter_names_the_feature_when_it_is_not_served(
     drive: Drive, base_folder: Path, tmp_path: Path, settings: dict[str, Any], named: str
@@ -152,14 +153,6 @@ def test_resolve_adapter_names_the_feature_when_it_is_not_served(
         drive.engine.resolve_adapter(folder)
     outcome = _run(drive, _submit("odd", AdapterUse(digest=folder_digest(folder), folder=folder)))
     assert isinstance(outcome.failed.error, Unsupported)
-
-
-def test_resolve_adapter_refuses_when_the_head_is_a_target(drive: Drive, base_folder: Path, tmp_path: Path) -> None:
-    folder = make_adapter(
-        base_folder, tmp_path / "head", target_modules=["q_proj", "lm_head"], ensure_weight_tying=True
-    )
-    with pytest.raises(Incompatible):
-        drive.engine.resolve_adapter(folder)
 
 
 def test_only_the_steps_requests_fail_when_a_forward_pass_raises(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,9 @@ def make_adapter(base: Path, folder: Path, *, seed: int = 0, std: float = 0.2, *
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "lora_" in name and "magnitude" not in name:
+            if "magnitude" in name:
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.4))
+            elif "lora_" in name:
                 parameter.normal_(std=std)
     wrapped.save_pretrained(str(folder))
     # PEFT writes the path it loaded from; adapters name their base, never a path.
