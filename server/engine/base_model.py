@@ -30,10 +30,12 @@ def load_base(
 ) -> BaseModel:
     """Load a base from a folder in transformers' format; raises NotFound or Unsupported when it cannot be served."""
     from loractl.adapters.base_loading import load_base_model, load_tokenizer
+    from loractl.server.engine.kernels import native
 
     identity = identify_base(folder, base_id=base_id)
     model = load_base_model(folder, quantization=quantization, dtype=dtype)
     tokenizer = load_tokenizer(folder)
+    native.end_team()  # the engine computes on a thread of its own
     config = model.config.get_text_config()
     return BaseModel(
         model=model,

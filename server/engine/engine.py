@@ -7,13 +7,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from loractl.adapters.errors import BaseMismatch, EngineFailure, Overloaded
 from loractl.adapters.manifest import load_manifest
 from loractl.adapters.reference import Digest
 from loractl.server.engine.base_model import BaseModel
+from loractl.server.engine.kernels.scan import scan_rows
 from loractl.server.engine.kv_cache import BlockPool
 from loractl.server.engine.limits import check_request, choose_num_blocks
 from loractl.server.engine.messages import (
@@ -221,6 +221,7 @@ class Engine:
             )
             return [self._end(sequence, Failed(id=sequence.id, error=failure)) for sequence, _ in chosen]
         events: list[Event] = []
+        likeliest, finite = scan_rows(logits)
         row = 0
         for (sequence, num_tokens), part in zip(chosen, parts, strict=True):
             mine = logits[row : row + part.num_logits]
@@ -234,17 +235,17 @@ class Engine:
                 )
             self._scheduler.computed(sequence, num_tokens)
             if sequence.num_pending == 0:
-                events += self._advance(sequence, mine[-1])
+                events += self._advance(sequence, mine[-1], likeliest=likeliest[row - 1], is_finite=finite[row - 1])
         return events
 
-    def _advance(self, sequence: Sequence, logits: Tensor) -> list[Event]:
+    def _advance(self, sequence: Sequence, logits: Tensor, *, likeliest: int, is_finite: bool) -> list[Event]:
         """Choose a sequence's next token, show its text, and end it where it must end."""
-        if not bool(torch.isfinite(logits).all()):
+        if not is_finite:
             self._totals["contained"] += 1
             failure = EngineFailure("the model's output is not finite with this adapter and prompt")
             return [self._end(sequence, Failed(id=sequence.id, error=failure))]
         sampling = sequence.submit.sampling
-        choice = self._samplers[sequence.id].choose(logits, sequence.tokens[sequence.num_prompt :])
+        choice = self._samplers[sequence.id].choose(logits, sequence.tokens[sequence.num_prompt :], likeliest=likeliest)
         now = time.monotonic()
         if sequence.first_token_at is None:
             sequence.first_token_at = now

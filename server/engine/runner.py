@@ -5,7 +5,7 @@ are replaced by ones that add each row's adapters.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from loractl.server.engine.adapter_reading import ServedLayers
 from loractl.server.engine.base_model import BaseModel
+from loractl.server.engine.kernels import native
 from loractl.server.engine.kernels.attention import PagedBatch, paged_attention, write_kv
+from loractl.server.engine.kernels.fused import AttentionOptions, FusedLayer, StepPlans, agrees, has_fused_shape
 from loractl.server.engine.kernels.linear import PackedLinear, replace_linears
 from loractl.server.engine.kernels.lora import LoraBatch, LoraSpan, LoraStep
 from loractl.server.engine.model_shape import attention_modules, check_servable, kv_shape
@@ -40,12 +42,9 @@ class _LayerCache:
 
     k: Tensor  # [blocks, block_size, kv_heads, dim]
     v: Tensor
-    step: "_Step"
-
-
-@dataclass(slots=True)
-class _Step:
-    batch: PagedBatch | None = None
+    step: LoraStep
+    asked: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What the layer's code last asked of its attention."""
 
 
 class Runner:
@@ -55,18 +54,20 @@ class Runner:
         self._model = base.model
         self._block_size = block_size
         self._lora, self._head_lora = LoraStep(), LoraStep()
-        self._step = _Step()
         check_servable(base.model)
         self.dtype = next(p.dtype for p in base.model.parameters() if p.dtype.is_floating_point)
         self.device = next(base.model.parameters()).device
+        # bitsandbytes leaves the head dense; by rows in int8 it costs a third of the time.
+        self._int8_head = base.quantization == "int8" and self.device.type == "cpu" and native.library() is not None
         self.layers, self.sides = self._replace_layers()
         self._attach_caches(num_blocks)
+        self.num_fused_layers = self._fuse_layers()
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Tensor:
-        """Compute all parts and return float32 logits [rows that want them, vocabulary], in order."""
+        """Compute all parts and return logits in the model's dtype [rows that want them, vocabulary], in order."""
         ids = [token for part in parts for token in part.tokens]
-        batch = self._step.batch = PagedBatch.build(
+        batch = self._lora.paged = PagedBatch.build(
             [(len(part.tokens), part.length, part.blocks) for part in parts],
             block_size=self._block_size,
             device=self.device,
@@ -93,11 +94,11 @@ class Runner:
             return torch.empty(0, 0)
         # Through the whole model, whatever it does after its head (soft caps, scales).
         logits: Tensor = self._model(**inputs, logits_to_keep=torch.tensor(rows, device=self.device)).logits[0]
-        return logits.float()
+        return logits
 
     def _replace_layers(self) -> tuple[ServedLayers, dict[str, SideSite]]:
         model = self._model
-        linear = _packed_layers(model, step=self._lora, dtype=self.dtype)
+        linear = _packed_layers(model, step=self._lora, dtype=self.dtype, int8_head=self._int8_head)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         names = {id(module): name for name, module in model.named_modules()}
         head.step = self._head_lora
@@ -125,15 +126,44 @@ class Runner:
         for module in modules:
             shape = (num_blocks, self._block_size, heads, dim)
             k = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            module.paged = _LayerCache(k=k, v=torch.zeros_like(k), step=self._step)
+            module.paged = _LayerCache(k=k, v=torch.zeros_like(k), step=self._lora)
+
+    @torch.inference_mode()
+    def _fuse_layers(self) -> int:
+        """Let compiled code take the place of each decoder layer that it computes alike; returns how many."""
+        rotary = getattr(self._model.base_model, "rotary_emb", None)
+        layers = getattr(self._model.base_model, "layers", None)
+        if rotary is None or layers is None or self.device.type != "cpu":
+            return 0
+        plans, num_fused = StepPlans(), 0
+        generator = torch.Generator().manual_seed(0)
+        for layer in layers:
+            layer.__dict__.pop("forward", None)  # an earlier engine's
+            if not has_fused_shape(layer):
+                continue
+            cache: _LayerCache = layer.self_attn.paged
+            rows = min(5, cache.k.shape[1])
+            self._lora.paged = PagedBatch.build([(rows, rows, [0])], block_size=self._block_size)
+            width = layer.input_layernorm.weight.shape[0]
+            hidden = torch.randn(1, rows, width, generator=generator).to(self.dtype)
+            positions = rotary(hidden, position_ids=self._lora.paged.positions.unsqueeze(0))
+            type(layer).forward(layer, hidden, position_embeddings=positions, use_cache=False)
+            options = AttentionOptions(k=cache.k, v=cache.v, **cache.asked)
+            fused = FusedLayer(layer, options, lora=self._lora, plans=plans)
+            if agrees(layer, fused, position_embeddings=positions, hidden=hidden):
+                layer.forward = fused
+                num_fused += 1
+            cache.k[0], cache.v[0] = 0, 0
+        self._lora.paged = None
+        return num_fused
 
 
-def _packed_layers(model: Any, *, step: LoraStep, dtype: torch.dtype) -> dict[str, PackedLinear]:
+def _packed_layers(model: Any, *, step: LoraStep, dtype: torch.dtype, int8_head: bool) -> dict[str, PackedLinear]:
     """The model's linear layers, replaced once: an engine built again on the same base takes them over."""
     there = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     for layer in there.values():
         layer.step = step
-    return there or replace_linears(model, step=step, dtype=dtype)
+    return there or replace_linears(model, step=step, dtype=dtype, int8_head=int8_head)
 
 
 def _attend(
@@ -142,21 +172,23 @@ def _attend(
     """Attention as transformers calls it: query [1, heads, rows, dim] to [1, rows, heads, dim]."""
     del attention_mask
     cache: _LayerCache = module.paged
-    batch = cache.step.batch
+    batch = cache.step.paged
     if batch is None:
         raise RuntimeError("the model was called outside a step")
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     write_kv(k, v, cache.k, cache.v, batch)
-    scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
+    cache.asked = {
+        "scale": kwargs.get("scaling") or q.shape[-1] ** -0.5,
+        "window": kwargs.get("sliding_window"),
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+    }
     out = paged_attention(
         q,
         cache.k,
         cache.v,
         batch,
-        scale=scale,
-        window=kwargs.get("sliding_window"),
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
+        **cache.asked,
     )
     return out.unsqueeze(0), None
 

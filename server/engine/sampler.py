@@ -25,6 +25,12 @@ class RowSampler:
         self._sampling = sampling
         self._prompt = prompt
         self._banned_early = sorted(eos_token_ids | set(sampling.stop_token_ids))
+        self._is_plain = (
+            sampling.temperature <= 0
+            and sampling.num_logprobs is None
+            and sampling.repetition_penalty == 1.0
+            and not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
+        )
         self._generator: torch.Generator | None = None
         if sampling.temperature > 0:
             self._generator = torch.Generator()
@@ -33,9 +39,12 @@ class RowSampler:
             else:
                 self._generator.manual_seed(sampling.seed)
 
-    def choose(self, logits: Tensor, outputs: Tokens[int]) -> Choice:
-        """Pick from `logits` [vocabulary] after `outputs` were generated."""
+    def choose(self, logits: Tensor, outputs: Tokens[int], *, likeliest: int | None = None) -> Choice:
+        """Pick from `logits` [vocabulary] after `outputs` were generated; `likeliest` is their largest's place, if
+        known."""
         sampling = self._sampling
+        if likeliest is not None and self._is_plain and len(outputs) >= sampling.min_tokens:
+            return Choice(likeliest)
         # A copy: tensors made in inference mode refuse to be changed outside it.
         row = self._penalized(logits.clone().float(), outputs)
         if len(outputs) < sampling.min_tokens:

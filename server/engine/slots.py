@@ -14,6 +14,7 @@ import torch
 from loractl.adapters.errors import AdapterInvalid, LoractlError, NotFound, WillNotFit
 from loractl.adapters.reference import Digest
 from loractl.server.engine.adapter_reading import AdapterReader, HostAdapter, ServedLayers
+from loractl.server.engine.kernels import native
 from loractl.server.engine.kv_cache import BooksError
 from loractl.server.engine.side_lora import SideSite
 from loractl.server.engine.stats import SlotStats
@@ -51,7 +52,9 @@ class AdapterSlots:
         self._host: OrderedDict[Digest, HostAdapter] = OrderedDict()
         self._host_limit_bytes = host_cache_bytes
         self._loading: dict[Digest, Future[HostAdapter]] = {}
-        self._loaders = ThreadPoolExecutor(num_loaders, thread_name_prefix="adapter-loader")
+        self._loaders = ThreadPoolExecutor(
+            num_loaders, thread_name_prefix="adapter-loader", initializer=native.run_alone
+        )
         self.num_loads = self.num_evictions = self.num_failures = self.num_host_hits = 0
 
     def is_resident(self, digest: Digest) -> bool:

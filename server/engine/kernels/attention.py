@@ -71,7 +71,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Page
         v_head=v.stride(1),
     )
     pointers = (tensor.data_ptr() for tensor in (k, v, k_cache, v_cache))
-    plan = _paged_struct(batch)
+    plan = paged_struct(batch)
     library.loractl_write_kv(ctypes.addressof(plan), ctypes.addressof(heads), *pointers, k.dtype == torch.float32)
 
 
@@ -206,7 +206,7 @@ def _native_attention(
         scale=scale,
         softcap=softcap or 0.0,
     )
-    plan = _paged_struct(batch)
+    plan = paged_struct(batch)
     pointers = (tensor.data_ptr() for tensor in (q, k_cache, v_cache, out))
     library.loractl_attention(
         ctypes.addressof(plan), ctypes.addressof(heads), *pointers, q.dtype == torch.float32, torch.get_num_threads()
@@ -229,7 +229,8 @@ def _contiguous(*tensors: Tensor) -> bool:
     return all(tensor.is_contiguous() for tensor in tensors)
 
 
-def _paged_struct(batch: PagedBatch) -> native.PagedStruct:
+def paged_struct(batch: PagedBatch) -> native.PagedStruct:
+    """The plan as the kernels read it; it lives as long as the batch."""
     return native.PagedStruct(
         tables=batch.tables.data_ptr(),
         starts=batch.starts.data_ptr(),

@@ -94,6 +94,11 @@ class Int8Linear(PackedLinear):
             self._packed = PackedWeight.pack(weight, self.row_scale, bias)
             self.weight = weight.new_empty(0)  # held once, as panels
 
+    @property
+    def packed(self) -> PackedWeight | None:
+        """The weight laid out for the compiled product, where that runs."""
+        return self._packed
+
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None, *, step: LoraStep) -> "Int8Linear":
         """Quantize a dense weight by rows, with bitsandbytes' rule."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from loractl.server.engine.kernels.attention import PagedBatch
+
 
 @dataclass(frozen=True, slots=True)
 class LoraSpan:
@@ -135,6 +137,7 @@ class LoraStep:
     """The plan of the step that runs now; one object shared by all layers of a model."""
 
     batch: LoraBatch | None = None
+    paged: PagedBatch | None = None
 
 
 def add_lora_reference(out: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, *, bias: Tensor | None = None) -> None:

@@ -79,10 +79,23 @@ class HeadsStruct(ctypes.Structure):
     )
 
 
+class LayerStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, c_void_p) for name in ("norm", "mlp_norm", "q_norm", "k_norm", "k_cache", "v_cache")),
+        ("heads", HeadsStruct),
+        *((name, c_float) for name in ("norm_eps", "mlp_norm_eps", "head_norm_eps")),
+    )
+
+
 SIGNATURES = {
     "loractl_linear": (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int, c_int, c_int),
     "loractl_rms_norm": (c_void_p, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int64, c_int, c_int),
     "loractl_write_kv": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+    "loractl_layer": (*(c_void_p,) * 5, c_int64, c_void_p, c_void_p, c_int, c_int),
+    "loractl_scan_rows": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int),
+    "loractl_run_alone": (),
+    "loractl_end_team": (),
     "loractl_attention": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int),
 }
 
@@ -102,6 +115,25 @@ def library() -> ctypes.CDLL | None:
         function.argtypes = types
         function.restype = None
     return loaded
+
+
+def run_alone() -> None:
+    """Keep what the calling thread computes on that thread.
+
+    Each thread that computes in parallel has a team of its own, and once the teams outnumber the processors OpenMP puts
+    idle members to sleep at once: every small product of every team then pays for waking them.
+    """
+    loaded = library()
+    if loaded is not None:
+        torch.get_num_threads()  # torch sets a thread's number when it is first asked
+        loaded.loractl_run_alone()
+
+
+def end_team() -> None:
+    """Let go of the threads that computed for the calling one; for a thread that hands the work to another."""
+    loaded = library()
+    if loaded is not None:
+        loaded.loractl_end_team()
 
 
 def fits(*tensors: torch.Tensor) -> bool:
@@ -127,7 +159,8 @@ def _compiled() -> Path:
     if compiler is None:
         raise OSError("no C++ compiler (g++ or clang++) on the path")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=20).stdout
-    what = [SOURCE.read_bytes(), version, " ".join((*FLAGS, *sorted(_processor_flags()))).encode()]
+    sources = [path.read_bytes() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    what = [*sources, version, " ".join((*FLAGS, *sorted(_processor_flags()))).encode()]
     name = hashlib.sha256(b"\0".join(what)).hexdigest()[:24]
     target = cache_folder() / "native" / f"{name}.so"
     if target.exists():

@@ -34,6 +34,11 @@ class PackedWeight:
             d_out=self.d_out,
         )
 
+    @property
+    def struct(self) -> native.LinearStruct:
+        """The weight as the kernels read it; whoever calls them says which sites it has."""
+        return self._struct
+
     @classmethod
     def pack(cls, weight: Tensor, row_scale: Tensor, bias: Tensor | None) -> "PackedWeight":
         d_out, d_in = weight.shape
