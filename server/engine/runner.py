@@ -125,8 +125,8 @@ class Runner:
         heads, dim = kv_shape(self._model)
         for module in modules:
             shape = (num_blocks, self._block_size, heads, dim)
-            k = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            module.paged = _LayerCache(k=k, v=torch.zeros_like(k), step=self._lora)
+            k, v = (native.zeros(*shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            module.paged = _LayerCache(k=k, v=v, step=self._lora)
 
     @torch.inference_mode()
     def _fuse_layers(self) -> int:

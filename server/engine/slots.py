@@ -40,7 +40,7 @@ class AdapterSlots:
         self._device = device
         self._sides = sides
         self._reader = AdapterReader(layers, max_rank=max_rank, truncate_rank=truncate_rank, dtype=dtype)
-        self._slab = torch.zeros(num_slots, self._reader.num_numbers, dtype=dtype, device=device)
+        self._slab = native.zeros(num_slots, self._reader.num_numbers, dtype=dtype, device=device)
         self._sites = self._reader.carve(self._slab)
         for name, layer in layers.linear.items():
             layer.site = self._sites[name]

@@ -122,15 +122,16 @@ class Int8Linear(PackedLinear):
 
     def base(self, rows: Tensor) -> Tensor:
         quantized, scale = quantize_rows(rows)
-        out = int8_product(quantized, self._codes()).float() * (scale[:, None] * self.row_scale)
+        out = int8_product(quantized, self.codes()).float() * (scale[:, None] * self.row_scale)
         if self.bias is not None:
             out += self.bias
         return out.to(rows.dtype)
 
     def dense_weight(self) -> Tensor:
-        return self._codes().float() * self.row_scale[:, None]
+        return self.codes().float() * self.row_scale[:, None]
 
-    def _codes(self) -> Tensor:
+    def codes(self) -> Tensor:
+        """The weight [d_out, d_in] int8."""
         return self.weight if self._packed is None else self._packed.unpack()
 
 

@@ -53,6 +53,8 @@ void loractl_scan_rows(const void* x, int64_t rows, int64_t count, void* best, v
     scan_rows<bf16>(static_cast<const bf16*>(x), rows, count, static_cast<int64_t*>(best), static_cast<uint8_t*>(finite), threads);
 }
 
+void loractl_want_large_pages(void* data, int64_t size) { want_large_pages(data, size); }
+
 // The calling thread's products run on it alone from now on: no second team of threads competes for the processors.
 void loractl_run_alone() { omp_set_num_threads(1); }
 

@@ -94,6 +94,7 @@ SIGNATURES = {
     "loractl_write_kv": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     "loractl_layer": (*(c_void_p,) * 5, c_int64, c_void_p, c_void_p, c_int, c_int),
     "loractl_scan_rows": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int),
+    "loractl_want_large_pages": (c_void_p, c_int64),
     "loractl_run_alone": (),
     "loractl_end_team": (),
     "loractl_attention": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int),
@@ -134,6 +135,15 @@ def end_team() -> None:
     loaded = library()
     if loaded is not None:
         loaded.loractl_end_team()
+
+
+def zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """As `torch.zeros`, on large pages where the machine has them: streams from memory stop at every small one."""
+    made = torch.empty(shape, dtype=dtype, device=device)
+    loaded = library() if device.type == "cpu" else None
+    if loaded is not None:
+        loaded.loractl_want_large_pages(made.data_ptr(), made.numel() * made.element_size())
+    return made.zero_()
 
 
 def fits(*tensors: torch.Tensor) -> bool:

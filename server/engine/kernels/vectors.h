@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 #include <omp.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -81,6 +82,16 @@ inline __m512 tanh16(__m512 x) {  // 1 - 2 / (exp(2x) + 1)
   return _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(e, one)));
 }
 
+// Ask for large pages: streaming through small ones stalls at every border. Before the memory is first touched.
+inline void want_large_pages(void* data, size_t size) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + size) & ~(page - 1);
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Scratch that lives as long as the calling thread; contents do not survive a call.
 struct Scratch {
   void* data = nullptr;
@@ -88,8 +99,11 @@ struct Scratch {
   char* get(size_t need) {
     if (need > size) {
       std::free(data);
-      size = (need + need / 4 + 4095) / 4096 * 4096;
-      data = std::aligned_alloc(4096, size);
+      constexpr size_t page = 2 << 20;
+      const size_t unit = need > page / 2 ? page : 4096;
+      size = (need + need / 4 + unit - 1) / unit * unit;
+      data = std::aligned_alloc(unit, size);
+      want_large_pages(data, size);
     }
     return static_cast<char*>(data);
   }
