@@ -1,4 +1,4 @@
-"""`loractl bench`: measure the engine by itself, in this process. No torch until a measurement begins."""
+"""`loractl bench`: measure the engine by itself, in this process, or a server. No torch until a measurement begins."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,15 @@ from typing import Any
 import click
 
 from loractl.adapters.errors import NotFound, UsageError
+from loractl.cli.bench_serve_command import serve
 
 
 @click.group(short_help="Measure the engine or any OpenAI-compatible server.")
 def bench() -> None:
     """Measure the engine or any OpenAI-compatible server."""
+
+
+bench.add_command(serve)
 
 
 @bench.command(short_help="Measure the engine without HTTP.")

@@ -29,7 +29,7 @@ COMMANDS: dict[str, str] = {
     "hub": "loractl.cli.hub_commands:hub",
     "serve": "loractl.cli.serve_commands:serve",
     "chat": "loractl.cli.chat_command:chat",
-    "status": "loractl.cli.serve_commands:status",
+    "status": "loractl.cli.status_command:status",
     "bench": "loractl.cli.bench_commands:bench",
     "doctor": "loractl.cli.doctor_command:doctor",
 }

@@ -1,4 +1,4 @@
-"""`loractl serve` and `loractl status`: thin commands over the server. No torch until a base is loaded."""
+"""`loractl serve`: a thin command over the server. No torch until a base is loaded."""
 
 import threading
 import time
@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from loractl.adapters.errors import LoractlError, Unreachable, UsageError
-from loractl.cli.output import is_interactive, print_json, print_note, print_table
+from loractl.adapters.errors import UsageError
+from loractl.cli.output import is_interactive, print_json, print_note
 
 
 @click.command(short_help="Serve a base model and its adapters with an OpenAI-compatible API.")
@@ -159,57 +159,3 @@ def _progress(what: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-@click.command(short_help="Show a server's adapters, queues and speed.")
-@click.option("--server", "url", envvar="LORACTL_SERVER", default="http://127.0.0.1:8800", show_default=True)
-@click.option("--key", envvar="LORACTL_API_KEY", help="An API key with the admin right.")
-@click.option("--watch", is_flag=True, help="Show it again every second until interrupted.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def status(*, url: str, key: str | None, watch: bool, as_json: bool) -> None:
-    """Show a server's adapters, queues and speed.
-
-    \b
-    Examples:
-      loractl status
-      loractl status --json | jq .adapters
-    """
-    before = _ask_status(url, key)
-    if as_json:
-        print_json(before)
-        return
-    _show_status(before, tokens_per_s=None)
-    while watch:
-        time.sleep(1.0)
-        now = _ask_status(url, key)
-        click.clear()
-        _show_status(now, tokens_per_s=now["num_generated_tokens"] - before["num_generated_tokens"])
-        before = now
-
-
-def _ask_status(url: str, key: str | None) -> dict[str, Any]:
-    import httpx
-
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    try:
-        response = httpx.get(f"{url.rstrip('/')}/admin/status", headers=headers, timeout=5.0)
-    except httpx.HTTPError as error:
-        raise Unreachable(f"no server answers at {url}", hint="start one with `loractl serve BASE`") from error
-    if not response.is_success:
-        raise LoractlError(f"{url}: {response.status_code} {response.text[:500]}", hint="is it a loractl server?")
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
-def _show_status(status: dict[str, Any], *, tokens_per_s: int | None) -> None:
-    state = "draining" if status["draining"] else "ready" if status["ready"] else status["state"]
-    hub = {None: "none", True: "up", False: "down"}[status["hub_up"]]
-    speed = f", {tokens_per_s} tokens/s" if tokens_per_s is not None else ""
-    click.echo(f"{status['base']} ({status['quantization']}): {state}, hub {hub}{speed}")
-    click.echo(
-        f"running {status['running']}, waiting {sum(status['waiting'].values())}, "
-        f"KV {status['kv_usage_ratio']:.0%}, most adapters in a step {status['max_distinct_adapters_in_step']}"
-    )
-    columns = ["name", "level", "rank", "pinned", "num_running", "digest"]
-    rows = [adapter | {"digest": adapter["digest"][:19]} for adapter in status["adapters"]]
-    print_table(columns, rows, as_json=False, empty="no adapter is resident")
