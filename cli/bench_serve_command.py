@@ -12,29 +12,26 @@ from loractl.cli.load import Load, run_load, summarize
 from loractl.cli.output import print_note
 
 
-class Popularity(click.ParamType):
-    """`uniform`, or `zipf:EXPONENT`; None or the exponent."""
-
-    name = "popularity"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
-        kind, _, exponent = str(value).partition(":")
-        if value in {None, "uniform"}:
-            return None
-        try:
-            number = float(exponent or 1.0) if kind == "zipf" else 0.0
-        except ValueError:
-            number = 0.0
-        if not number > 0:
-            self.fail(f"{value!r} is neither `uniform` nor `zipf:EXPONENT`, for example zipf:1.0", param, ctx)
-        return number
+def _exponent(context: click.Context, option: click.Parameter, value: str) -> float | None:
+    """`uniform` is None, `zipf:EXPONENT` its exponent."""
+    kind, _, exponent = value.partition(":")
+    if value == "uniform":
+        return None
+    try:
+        number = float(exponent or 1.0) if kind == "zipf" else 0.0
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        message = f"{value!r} is neither `uniform` nor `zipf:EXPONENT`, for example zipf:1.0"
+        raise click.BadParameter(message, ctx=context, param=option)
+    return number
 
 
 @click.command(short_help="Measure an OpenAI-compatible server.")
 @click.option("--server", "url", envvar="LORACTL_SERVER", default="http://127.0.0.1:8800", show_default=True)
 @click.option("--key", envvar="LORACTL_API_KEY", help="An API key of the server.")
 @click.option("--model", "models", multiple=True, help="Repeatable; all of /v1/models if not given.")
-@click.option("--popularity", "zipf", type=Popularity(), default="uniform", help="uniform or zipf:1.0.")
+@click.option("--popularity", "zipf", callback=_exponent, default="uniform", help="uniform or zipf:1.0.")
 @click.option("--requests", "num_requests", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Clients, each in turn.")
 @click.option("--rate", "rate_per_s", type=click.FloatRange(0, min_open=True), help="Random arrivals a second.")

@@ -1,5 +1,6 @@
 """`loractl status`: a server's residency, queues and speed, once or live. Loads no model."""
 
+import sys
 import time
 from typing import Any
 
@@ -96,7 +97,7 @@ def rows(status: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _is_terminal() -> bool:
-    return click.get_text_stream("stdout").isatty()
+    return sys.stdout.isatty()
 
 
 def _lines(look: _Looks, interval_s: float, *, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from loractl.server.metrics import EngineCollector, ServerMetrics
 from loractl.server.model_routes import model_routes
 from loractl.server.openai_errors import EXCEPTION_HANDLERS
 from loractl.server.operator_routes import operator_routes
+from loractl.server.playground import playground_routes
 from loractl.server.serving import Serving
 
 log = logging.getLogger("loractl.server.access")
@@ -43,7 +44,12 @@ def create_app(serving: Serving) -> ASGIApp:
             await serving.access.close()
 
     app = Litestar(
-        route_handlers=[*completion_routes(serving), *model_routes(serving), *operator_routes(serving)],
+        route_handlers=[
+            *completion_routes(serving),
+            *model_routes(serving),
+            *operator_routes(serving),
+            *playground_routes(serving),
+        ],
         lifespan=[life],
         exception_handlers=dict(EXCEPTION_HANDLERS),
         request_max_body_size=serving.settings.max_body_bytes,
