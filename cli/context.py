@@ -69,8 +69,21 @@ def hub_token(url: str) -> str | None:
     """The token for a hub; a profile's token goes to the profile's hub alone."""
     if token := os.environ.get("LORACTL_TOKEN"):
         return token
+    if file := os.environ.get("LORACTL_TOKEN_FILE"):
+        return read_secret(Path(file))
     profile = read_profile()
     return profile.token if (profile.hub or DEFAULT_HUB).rstrip("/") == url else None
+
+
+def read_secret(path: Path) -> str:
+    """The secret that a file holds, without the line break at its end; raises BadData."""
+    try:
+        secret = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadData(f"{path}: {error}", hint="name a readable file with the secret alone in it") from error
+    if not secret:
+        raise BadData(f"{path}: is empty", hint="write the secret into it")
+    return secret
 
 
 def open_hub(flag: str | None) -> "HubClient":

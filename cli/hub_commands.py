@@ -52,7 +52,8 @@ hub.add_command(webhook)
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on  [default: 8700]")
 @click.option("--public-url", metavar="URL", help="The hub's address for clients, behind a proxy.")
 @click.option("--anonymous-read", is_flag=True, default=None, help="Let everybody read public repos without a token.")
-def serve(**flags: Any) -> None:
+@click.option("--check-config", is_flag=True, help="Check the settings, print where things would be, and stop.")
+def serve(check_config: bool, **flags: Any) -> None:
     """Run the hub until it is stopped.
 
     The first start makes an admin token and prints it, once.
@@ -60,6 +61,10 @@ def serve(**flags: Any) -> None:
     from loractl.hub.run import serve_hub
 
     settings = read_settings(**flags)
+    if check_config:
+        database = "PostgreSQL" if settings.database_url else "SQLite"
+        print_json({"root": str(settings.root), "database": database, "blobs": settings.blobs or "files"})
+        return
     serve_hub(settings, announce=_announce)
 
 
@@ -69,6 +74,16 @@ def _announce(settings: HubSettings, url: str, new_token: str | None) -> None:
         print_note(f"    {new_token}\n")
     print_note(f"hub: {url}   data: {'PostgreSQL' if settings.database_url else settings.root.resolve()}")
     print_note(f"use: export LORACTL_HUB={url} HF_ENDPOINT={url} LORACTL_TOKEN=... HF_TOKEN=...")
+
+
+@hub.command()
+@place_options
+def migrate(**place: Any) -> None:
+    """Bring the database to this version's schema; `hub serve` does so too, at its start."""
+    from loractl.hub.migrate import migrate_hub
+
+    run(migrate_hub(read_settings(**place)))
+    print_note("the database has this version's schema")
 
 
 @hub.group()

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from loractl.adapters.errors import UsageError
+from loractl.cli.context import read_secret
 from loractl.cli.output import is_interactive, print_json, print_note
 
 
@@ -17,6 +18,7 @@ from loractl.cli.output import is_interactive, print_json, print_note
 @click.argument("base")
 @click.option("--hub", "hub_url", envvar="LORACTL_HUB", help="Hub that adapters are fetched from by name.")
 @click.option("--token", envvar="LORACTL_TOKEN", help="The server's own token for the hub.", show_envvar=True)
+@click.option("--token-file", type=click.Path(path_type=Path), help="File with that token, instead of --token.")
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=DIR", help="Serve a local adapter; repeatable.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8800, show_default=True, help="Port to listen on; 0 lets the system choose.")
@@ -89,7 +91,7 @@ def _choices(options: dict[str, Any]) -> Any:
         base=options["base"],
         base_name=options["base_name"],
         hub_url=options["hub_url"],
-        hub_token=options["token"],
+        hub_token=_hub_token(options["token"], options["token_file"]),
         adapters=_local_adapters(options["adapters"]),
         host=options["host"],
         insecure=options["insecure"],
@@ -104,6 +106,14 @@ def _choices(options: dict[str, Any]) -> Any:
         drain_timeout_s=options["drain_timeout"],
         drain_grace_s=options["drain_grace"],
     )
+
+
+def _hub_token(token: str | None, file: Path | None) -> str | None:
+    if file is None:
+        return token
+    if token is not None:
+        raise UsageError("--token (or LORACTL_TOKEN) and --token-file are both given", hint="keep one")
+    return read_secret(file)
 
 
 def _adapter_limits(options: dict[str, Any]) -> Any:

@@ -9,7 +9,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
 from loractl.adapters.errors import Incompatible
-from loractl.hub.database import Database
+from loractl.hub.database import Database, database_url, open_database
+from loractl.hub.settings import HubSettings
 
 SCRIPTS = Path(__file__).parent / "migrations"
 # Any number that nobody else locks by: two hubs that start at once migrate one after the other.
@@ -22,6 +23,17 @@ async def migrate(database: Database) -> None:
         if not database.is_sqlite:
             await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
         await connection.run_sync(_upgrade)
+
+
+async def migrate_hub(settings: HubSettings) -> None:
+    """Bring a hub's database to this version's schema, and nothing else; raises Unreachable, Incompatible."""
+    if settings.database_url is None:
+        settings.root.mkdir(parents=True, exist_ok=True)
+    database = open_database(database_url(settings.root, settings.database_url))
+    try:
+        await migrate(database)
+    finally:
+        await database.close()
 
 
 def alembic_config(connection: Connection | None = None) -> Config:

@@ -17,7 +17,10 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSettings:
-    """What an operator may set; `LORACTL_HUB_<FIELD IN CAPITALS>` in the environment, same meaning everywhere."""
+    """What an operator may set; `LORACTL_HUB_<FIELD IN CAPITALS>` in the environment, same meaning everywhere.
+
+    `LORACTL_HUB_<FIELD>_FILE` names a file that holds the value.
+    """
 
     root: Path = Path("loractl-hub")
     """Folder of the database, the blobs and the staging area."""
@@ -76,13 +79,25 @@ def read_settings(environment: Mapping[str, str] | None = None, **overrides: Any
     environment = os.environ if environment is None else environment
     values: dict[str, Any] = {}
     for field in fields(HubSettings):
-        text = environment.get(ENV_PREFIX + field.name.upper())
+        name = ENV_PREFIX + field.name.upper()
+        text = _read(environment, name)
         if text is not None:
-            values[field.name] = _parse(
-                text, type(getattr(_DEFAULTS, field.name)), name=ENV_PREFIX + field.name.upper()
-            )
+            values[field.name] = _parse(text, type(getattr(_DEFAULTS, field.name)), name=name)
     values |= {name: value for name, value in overrides.items() if value is not None}
     return HubSettings(**values)
+
+
+def _read(environment: Mapping[str, str], name: str) -> str | None:
+    """The variable, or the content of the file that `<name>_FILE` names, so that a secret need not be a variable."""
+    file = environment.get(f"{name}_FILE")
+    if file is None:
+        return environment.get(name)
+    if name in environment:
+        raise UsageError(f"{name} and {name}_FILE are both set", hint="keep one")
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name}_FILE={file}: {error}", hint="name a readable text file") from error
 
 
 def _parse(text: str, kind: type, *, name: str) -> object:

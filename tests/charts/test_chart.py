@@ -102,6 +102,8 @@ def test_rendering_stops_with_the_way_out_when_values_cannot_work(values: str, s
         ("gateway", "server.podDisruptionBudget.enabled=false", "PodDisruptionBudget", "-server"),
         ("gateway", "server.replicas=1", "PodDisruptionBudget", "-server"),
         ("postgres-s3", "hub.replicas=1", "PodDisruptionBudget", "-hub"),
+        ("postgres-s3", "hub.migration.enabled=false", "Job", "-hub-migration"),
+        ("postgres-s3", "hub.enabled=false", "Job", "-hub-migration"),
         ("default", "server.enabled=false", "Deployment", "-server"),
         ("default", "hub.enabled=false", "Deployment", "-hub"),
         ("default", "serviceAccount.create=false", "ServiceAccount", ""),
@@ -211,6 +213,25 @@ def test_hub_has_one_writer_when_it_keeps_state_on_its_volume() -> None:
     assert (local["spec"]["replicas"], local["spec"]["strategy"]) == (1, {"type": "Recreate"})
     assert remote["spec"]["strategy"]["type"] == "RollingUpdate"
     assert not of_kind(rendered("postgres-s3"), "PersistentVolumeClaim")
+
+
+def test_secrets_are_files_but_for_the_keys_that_aws_libraries_read() -> None:
+    for values in NAMES:
+        for pod in pod_templates(rendered(values)):
+            for container in containers(pod):
+                from_secrets = {e["name"] for e in container.get("env", []) if "secretKeyRef" in e.get("valueFrom", {})}
+                assert from_secrets <= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "KEYS"}, values
+                mounts = [mount["mountPath"] for mount in container.get("volumeMounts", [])]
+                named = [e["value"] for e in container.get("env", []) if e["name"].endswith("_FILE")]
+                named += [a.partition("=")[2] for a in map(str, container.get("args", [])) if "-file=" in a]
+                assert all(path.rpartition("/")[0] in mounts for path in named), values
+
+
+def test_migration_stops_an_upgrade_before_pods_are_replaced_and_sqlite_has_none() -> None:
+    job = one(rendered("postgres-s3"), "Job", "-hub-migration")
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-upgrade"
+    assert job["spec"]["template"]["spec"]["containers"][0]["args"] == ["hub", "migrate"]
+    assert not of_kind(rendered(), "Job", "-hub-migration")
 
 
 @pytest.mark.parametrize("values", NAMES)

@@ -1,5 +1,6 @@
 """What the rendered manifests run exists: flags, environment, routes and metrics of the real commands."""
 
+import json
 import re
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_a_flag_that_does_not_exist_is_found() -> None:
 
 @pytest.mark.parametrize("values", NAMES)
 def test_environment_of_the_hub_is_known_to_its_settings(values: str) -> None:
-    fields = {ENV_PREFIX + name.upper() for name in HubSettings.__dataclass_fields__}
+    fields = {ENV_PREFIX + name.upper() + end for name in HubSettings.__dataclass_fields__ for end in ("", "_FILE")}
     for pod in pod_templates(rendered(values)):
         for container in containers(pod):
             names = {entry["name"] for entry in container.get("env", [])}
@@ -99,6 +100,21 @@ def test_serve_takes_the_rendered_flags_with_check_config(tmp_path: Path, capsys
         words = [re.sub(rf"(^|=){inside}", rf"\g<1>{here}", word) for word in words]
     code = run([*words, "--check-config"])
     assert code == 0, capsys.readouterr().err
+
+
+def test_hub_takes_the_rendered_flags_and_files_with_check_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "database-url"
+    secret.write_text("postgresql://hub:secret@db/hub\n")
+    container = one(rendered("postgres-s3"), "Deployment", "-hub")["spec"]["template"]["spec"]["containers"][0]
+    for entry in container["env"]:
+        if entry["name"].startswith(ENV_PREFIX):
+            monkeypatch.setenv(entry["name"], entry["value"].replace("/run/secrets/loractl", str(tmp_path)))
+    assert run([*map(str, container["args"]), "--check-config"]) == 0
+    shown = capsys.readouterr().out
+    assert json.loads(shown) == {"root": "/var/lib/loractl", "database": "PostgreSQL", "blobs": "s3://adapters/prod"}
+    assert "secret" not in shown
 
 
 def test_every_command_of_the_chart_is_one_of_the_program() -> None:

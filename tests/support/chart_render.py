@@ -41,6 +41,7 @@ def one(manifests: tuple[Manifest, ...], kind: str, suffix: str = "") -> Manifes
 def pod_templates(manifests: tuple[Manifest, ...]) -> list[Manifest]:
     """Every pod that the manifests would start, as {metadata, spec}."""
     found = [m["spec"]["template"] for m in manifests if m["kind"] in {"Deployment", "StatefulSet", "Job"}]
+    found += [m["spec"]["jobTemplate"]["spec"]["template"] for m in manifests if m["kind"] == "CronJob"]
     for runtime in of_kind(manifests, "TrainingRuntime"):
         found += [job["template"]["spec"]["template"] for job in runtime["spec"]["template"]["spec"]["replicatedJobs"]]
     return found + of_kind(manifests, "Pod")

@@ -28,11 +28,8 @@
   value: {{ . }}
 {{- end }}
 {{- if .Values.hub.database.urlSecret.name }}
-- name: LORACTL_HUB_DATABASE_URL
-  valueFrom:
-    secretKeyRef:
-      name: {{ .Values.hub.database.urlSecret.name }}
-      key: {{ .Values.hub.database.urlSecret.key }}
+- name: LORACTL_HUB_DATABASE_URL_FILE
+  value: /run/secrets/loractl/database-url
 {{- end }}
 {{- with .Values.hub.blobs }}
 {{- if .url }}
@@ -64,6 +61,11 @@
 {{- define "loractl.hub.mounts" -}}
 - name: tmp
   mountPath: /tmp
+{{- if .Values.hub.database.urlSecret.name }}
+- name: secrets
+  mountPath: /run/secrets/loractl
+  readOnly: true
+{{- end }}
 {{- with .Values.hub.extraVolumeMounts }}
 {{ toYaml . }}
 {{- end }}
@@ -73,7 +75,60 @@
 - name: tmp
   emptyDir:
     sizeLimit: {{ .Values.hub.tmpSize }}
+{{- with .Values.hub.database.urlSecret }}
+{{- if .name }}
+- name: secrets
+  secret:
+    secretName: {{ .name }}
+    defaultMode: 0440
+    items:
+      - key: {{ .key }}
+        path: database-url
+{{- end }}
+{{- end }}
 {{- with .Values.hub.extraVolumes }}
 {{ toYaml . }}
 {{- end }}
+{{- end -}}
+
+{{/* What a hub's pods share but for their command: who they are, what they may, where the database and blobs are. */}}
+{{- define "loractl.hub.podBasics" -}}
+serviceAccountName: {{ include "loractl.serviceAccountName" . }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext:
+  {{- toYaml .Values.hub.podSecurityContext | nindent 2 }}
+{{- end -}}
+
+{{- define "loractl.hub.containerBasics" -}}
+image: {{ include "loractl.image" (dict "root" $ "variant" "cpu") | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+command: [loractl]
+securityContext:
+  {{- toYaml .Values.hub.securityContext | nindent 2 }}
+env:
+  {{- include "loractl.hub.env" . | nindent 2 }}
+{{- with .Values.hub.extraEnvFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+resources:
+  {{- toYaml .Values.hub.resources | nindent 2 }}
+{{- end -}}
+
+{{/* The hub's own volume: its claim, or room for uploads in progress where state is elsewhere. */}}
+{{- define "loractl.hub.dataVolume" -}}
+- name: data
+  {{- if include "loractl.hub.stateless" . }}
+  # Uploads in progress only; what is finished is in S3.
+  emptyDir:
+    sizeLimit: {{ .Values.hub.persistence.size }}
+  {{- else }}
+  persistentVolumeClaim:
+    claimName: {{ default (printf "%s-hub" (include "loractl.fullname" .)) .Values.hub.persistence.existingClaim }}
+  {{- end }}
 {{- end -}}

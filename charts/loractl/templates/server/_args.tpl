@@ -13,6 +13,9 @@
 {{- with include "loractl.hubUrl" $ }}
 - --hub={{ . }}
 {{- end }}
+{{- if .hub.tokenSecret.name }}
+- --token-file=/run/secrets/loractl/hub-token
+{{- end }}
 {{- if .access.keysSecret.name }}
 - --api-keys=/run/secrets/loractl/keys
 {{- else if .access.allowAnonymous }}

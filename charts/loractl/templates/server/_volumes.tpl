@@ -33,7 +33,7 @@
 - name: tmp
   emptyDir:
     sizeLimit: {{ $server.tmpSize }}
-{{- if $server.access.keysSecret.name }}
+{{- if or $server.access.keysSecret.name $server.hub.tokenSecret.name }}
 - name: secrets
   projected:
     defaultMode: 0440
@@ -45,6 +45,15 @@
           items:
             - key: {{ .key }}
               path: keys
+      {{- end }}
+      {{- end }}
+      {{- with $server.hub.tokenSecret }}
+      {{- if .name }}
+      - secret:
+          name: {{ .name }}
+          items:
+            - key: {{ .key }}
+              path: hub-token
       {{- end }}
       {{- end }}
 {{- end }}

@@ -17,11 +17,8 @@ env:
     value: {{ . }}
   {{- end }}
   {{- if $training.tokenSecret.name }}
-  - name: LORACTL_TOKEN
-    valueFrom:
-      secretKeyRef:
-        name: {{ $training.tokenSecret.name }}
-        key: {{ $training.tokenSecret.key }}
+  - name: LORACTL_TOKEN_FILE
+    value: /run/secrets/loractl/hub-token
   {{- end }}
   {{- with $training.extraEnv }}
   {{- toYaml . | nindent 2 }}
@@ -36,6 +33,11 @@ volumeMounts:
     mountPath: /dev/shm
   - name: tmp
     mountPath: /tmp
+  {{- if $training.tokenSecret.name }}
+  - name: secrets
+    mountPath: /run/secrets/loractl
+    readOnly: true
+  {{- end }}
   {{- if $training.model.existingClaim }}
   - name: models
     mountPath: /models
@@ -82,6 +84,17 @@ volumes:
   - name: tmp
     emptyDir:
       sizeLimit: {{ $training.tmpSize }}
+  {{- with $training.tokenSecret }}
+  {{- if .name }}
+  - name: secrets
+    secret:
+      secretName: {{ .name }}
+      defaultMode: 0440
+      items:
+        - key: {{ .key }}
+          path: hub-token
+  {{- end }}
+  {{- end }}
   {{- with $training.model.existingClaim }}
   - name: models
     persistentVolumeClaim:
