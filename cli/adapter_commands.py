@@ -9,10 +9,11 @@ import click
 from loractl.adapters.errors import AdapterInvalid, UsageError
 from loractl.adapters.reference import DEFAULT_REVISION, parse_reference
 from loractl.cli.context import adapter_cache, hub_option, json_option, open_hub
-from loractl.cli.output import print_json, print_note, print_table
+from loractl.cli.output import percent, print_json, print_note, print_table
 
 if TYPE_CHECKING:
     from loractl.adapters.validation import ValidationRecord
+    from loractl.hub.wire import ChannelView
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -180,9 +181,13 @@ def show(*, reference: str, hub_url: str | None, as_json: bool) -> None:
     for name, value in facts.items():
         if value is not None:
             click.echo(f"{name:<12} {value}")
-    channels = [{"channel": one.channel, "version": one.version or one.commit[:12]} for one in detail.channels]
+    channels = [
+        {"channel": one.channel, "version": one.version or one.commit[:12], "canary": _canary(one)}
+        for one in detail.channels
+    ]
+    columns = ["channel", "version", *(["canary"] if any(one["canary"] for one in channels) else [])]
     click.echo("")
-    print_table(["channel", "version"], channels, as_json=False, empty="no channels")
+    print_table(columns, channels, as_json=False, empty="no channels")
     versions = [
         {"version": one.version, "created": one.created_at[:16], "by": one.author, "message": one.message}
         for one in detail.versions
@@ -248,6 +253,13 @@ def _pin_base(folder: Path, base: Path) -> None:
     )
     save_manifest(manifest, folder)
     print_note(f"wrote {folder}/loractl.json: base {identity.id}, {identity.fingerprint[:19]}")
+
+
+def _canary(channel: "ChannelView") -> str | None:
+    canary = channel.canary
+    if canary is None:
+        return None
+    return f"{percent(canary.share)} {canary.version or canary.commit[:12]}, by {canary.by} at {canary.at[:16]}"
 
 
 def _as_dict(value: object) -> dict[str, Any]:

@@ -44,7 +44,7 @@ SUMMARIES: dict[str, str] = {
     "show": "Show one adapter: versions, channels, lineage, checks.",
     "diff": "Compare two revisions: recipe, data, metrics, targets, weights.",
     "promote": "Move a channel to a revision.",
-    "rollback": "Move a channel back to where it was.",
+    "rollback": "End a canary, or move a channel back to where it was.",
     "history": "Show who moved which channel, when and why.",
     "yank": "Withdraw a version, or take that back.",
     "move": "Give a repo another name; the old one keeps answering.",

@@ -52,3 +52,8 @@ def _cell(value: object) -> str:
 def is_interactive() -> bool:
     """Tell whether a person watches stderr, so that progress bars make sense."""
     return sys.stderr.isatty()
+
+
+def percent(share: float) -> str:
+    """A share between 0 and 1, for people."""
+    return f"{share * 100:.3g}%"

@@ -57,6 +57,16 @@ class ResolvedAdapter:
     rank: int | None
     size_bytes: int
     yanked: str | None = None
+    canary: "ResolvedCanary | None" = None
+    """Set where the revision is a channel of which a share of callers gets another version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedCanary:
+    """The version that a share of a channel's callers gets."""
+
+    share: float
+    adapter: ResolvedAdapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +128,7 @@ class HubClient:
                 rank=found.rank,
                 size_bytes=found.size_bytes,
                 yanked=found.yanked,
+                canary=_canary(found),
             )
         if response.status_code == 404 and not client_errors.is_own_error(response.content):
             return self._resolve_elsewhere(ref)
@@ -222,13 +233,23 @@ class HubClient:
         *,
         expected_old: str | msgspec.UnsetType | None = msgspec.UNSET,
         reason: str = "",
+        share: float | None = None,
     ) -> ChannelMove:
-        """Move a channel to the reference's revision; raises Conflict when it no longer points at `expected_old`."""
-        body = Promote(channel=channel, revision=ref.revision, expected_old=expected_old, reason=reason)
+        """Move a channel to the reference's revision; raises Conflict when it no longer points at `expected_old`.
+
+        With a `share` between 0 and 1 the channel stays, and servers give this share of its callers the revision.
+        """
+        body = Promote(
+            channel=channel,
+            revision=ref.revision,
+            expected_old=expected_old,
+            reason=reason,
+            share=msgspec.UNSET if share is None else share,
+        )
         return self._post(f"/adapters/{ref.repo_id}/promote", body, ChannelMove, about=str(ref))
 
     def rollback(self, ref: AdapterRef, channel: str, *, to: str | None = None, reason: str = "") -> ChannelMove:
-        """Move a channel back to where it was, or to a revision it has pointed at before."""
+        """End a channel's canary; without one, move it back to where it was, or to a revision that it has been at."""
         body = Rollback(channel=channel, to=to, reason=reason)
         return self._post(f"/adapters/{ref.repo_id}/rollback", body, ChannelMove, about=ref.repo_id)
 
@@ -373,6 +394,24 @@ class HubClient:
                 wait_s = _retry_after_s(response) or wait_s
             time.sleep(wait_s)
         raise client_errors.unreachable(self.endpoint)
+
+
+def _canary(found: Resolved) -> ResolvedCanary | None:
+    canary = found.canary
+    if canary is None or canary.digest is None:
+        return None
+    adapter = ResolvedAdapter(
+        repo_id=found.repo_id,
+        revision=found.revision,
+        commit=canary.commit,
+        digest=Digest(canary.digest),
+        version=canary.version,
+        base_id=canary.base_id,
+        base_fingerprint=canary.base_fingerprint,
+        rank=canary.rank,
+        size_bytes=canary.size_bytes,
+    )
+    return ResolvedCanary(share=canary.share, adapter=adapter)
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

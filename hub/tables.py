@@ -2,7 +2,7 @@
 
 namespace 1-n repo 1-n commit 1-n tree_entry n-1 blob
                 |        `-- validation, yank
-                |-- ref (channels and tags)  -- ref_log (append-only)
+                |-- ref (channels and tags) 1-1 canary    ref_log (append-only)
                 |-- repo_alias (old names)      repo_blob (which repo may use which blob)
 token   upload_session   event (append-only)   audit (append-only)   webhook 1-n delivery
 """
@@ -13,6 +13,7 @@ from sqlalchemy import (
     Column,
     Float,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -155,7 +156,23 @@ ref_log = Table(
     Column("by", Text, nullable=False),
     Column("at", Float, nullable=False),
     Column("reason", Text, nullable=False, default=""),
+    # Of callers, for the start of a canary; null for every other move.
+    Column("share", Float, nullable=True),
     Index("ref_log_by_ref", "repo", "name", "id"),
+)
+
+# The revision that a share of a channel's callers gets in place of the one it points at.
+canary = Table(
+    "canary",
+    metadata,
+    Column("repo", _Serial, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("commit_oid", Text, ForeignKey("commit_log.oid"), nullable=False, index=True),
+    Column("share", Float, nullable=False),
+    Column("by", Text, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("reason", Text, nullable=False),
+    ForeignKeyConstraint(["repo", "name"], ["ref.repo", "ref.name"], ondelete="CASCADE"),
 )
 
 validation = Table(

@@ -32,7 +32,9 @@ CommitId = Annotated[str, Meta(pattern="^[0-9a-f]{40}$")]
 Reason = Annotated[str, Meta(max_length=2000)]
 TokenRole = Literal["read", "write", "promote", "admin"]
 Level = Literal["reject", "warn", "info"]
-MoveKind = Literal["push", "create", "promote", "rollback", "delete"]
+Share = Annotated[float, Meta(gt=0, lt=1)]
+MoveKind = Literal["push", "create", "promote", "rollback", "delete", "canary", "canary-end"]
+"""The last two leave the channel where it is."""
 
 
 class ErrorBody(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -44,6 +46,23 @@ class ErrorBody(msgspec.Struct, kw_only=True, omit_defaults=True):
     hint: str | None = None
     field: str | None = None
     request_id: str | None = None
+
+
+class Canary(msgspec.Struct, kw_only=True):
+    """A second revision that a share of a channel's callers gets; everybody else, and every other client, does not."""
+
+    share: float
+    """Between 0 and 1; servers choose by caller, so that a caller stays with one revision."""
+    commit: str
+    digest: str | None
+    version: str | None
+    base_id: str | None
+    base_fingerprint: str | None
+    rank: int | None
+    size_bytes: int
+    by: str
+    at: str
+    reason: str
 
 
 class Resolved(msgspec.Struct, kw_only=True):
@@ -67,6 +86,8 @@ class Resolved(msgspec.Struct, kw_only=True):
     """Of the two files that make the digest."""
     yanked: str | None = None
     """The reason, when this commit was withdrawn: it still resolves by version or commit id, with a warning."""
+    canary: Canary | None = None
+    """Set where the revision is a channel that tries another one."""
 
 
 class AdapterSummary(msgspec.Struct, kw_only=True):
@@ -151,6 +172,7 @@ class ChannelView(msgspec.Struct, kw_only=True):
     protected: bool
     """Moving it needs the right `promote`."""
     updated_at: str
+    canary: Canary | None = None
 
 
 class AdapterDetail(msgspec.Struct, kw_only=True):
@@ -177,17 +199,19 @@ class AdapterDetail(msgspec.Struct, kw_only=True):
 
 
 class Promote(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Move `channel` to `revision`; makes the channel when it is new."""
+    """Move `channel` to `revision`; makes the channel when it is new. Any move of a channel ends its canary."""
 
     channel: str
     revision: str
     expected_old: CommitId | UnsetType | None = UNSET
     """Move only if the channel still points here (null: only if it does not exist yet); absent: move in any case."""
     reason: Reason = ""
+    share: Share | UnsetType = UNSET
+    """Given: leave the channel where it is, and send this share of its callers to `revision`."""
 
 
 class Rollback(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Move `channel` back to where it pointed before its last move that was not itself undone."""
+    """End the channel's canary; without one, move it back to where it was before its last move that was not undone."""
 
     channel: str
     to: str | None = None
@@ -212,6 +236,8 @@ class ChannelMove(msgspec.Struct, kw_only=True):
     by: str
     at: str
     reason: str
+    share: float | None = None
+    """Of callers, where a canary began: `new` is the revision that they get, `old` the one that the channel keeps."""
 
 
 class History(msgspec.Struct, kw_only=True):

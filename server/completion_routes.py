@@ -174,7 +174,7 @@ class _Generation:
         for booking in self._bookings:
             serving.quotas.take_tokens(booking, num_booked)
         watch = serving.open(asked.submits(prompts, ids), adapters=asked.adapters, is_stream=bool(body.stream))
-        headers = {"x-loractl-adapter": "+".join(each.found.digest for each in asked.adapters) or "base"}
+        headers = _served(asked.adapters)
         try:
             if not body.stream:
                 content = await unless_gone(receive, whole_answer(watch, frame, writer))
@@ -233,6 +233,13 @@ async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[by
     yield first
     async for chunk in rest:
         yield chunk
+
+
+def _served(adapters: Sequence[ServedAdapter]) -> dict[str, str]:
+    """Whose answer it is: the digests, and the hub's versions where there are any."""
+    headers = {"x-loractl-adapter": "+".join(each.found.digest for each in adapters) or "base"}
+    versions = [each.found.version or "-" for each in adapters]
+    return headers | {"x-loractl-version": "+".join(versions)} if any(v != "-" for v in versions) else headers
 
 
 def _waited(watch: Watch) -> dict[str, str]:

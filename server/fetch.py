@@ -5,6 +5,7 @@ what a request was given is a digest and a folder, so nothing moves under it.
 """
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
@@ -26,8 +27,11 @@ from loractl.adapters.errors import (
 from loractl.adapters.reference import AdapterRef, Digest, parse_reference
 from loractl.hub.client import ResolvedAdapter
 from loractl.server.breaker import Breaker
+from loractl.server.canary import Track, is_chosen
 
 _T = TypeVar("_T")
+
+_log = logging.getLogger("loractl.server")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,10 @@ class Found:
     revision: str | None = None
     from_disk: bool = True
     """False when this very request had to wait for the download."""
+    version: str | None = None
+    """The hub's immutable tag of it, such as `v3`."""
+    track: Track | None = None
+    """Which side of its channel's canary this is; None while there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,12 +172,27 @@ class AdapterSource:
         self._resolvers.shutdown(wait=False, cancel_futures=True)
         self._downloaders.shutdown(wait=False, cancel_futures=True)
 
-    async def find(self, name: str) -> Found:
-        """Give the adapter for a name. Raises NotFound (no such), BaseMismatch, Unreachable (hub down, not cached)."""
+    async def find(self, name: str, *, caller: str | None = None) -> Found:
+        """Give the adapter for a name. Raises NotFound (no such), BaseMismatch, Unreachable (hub down, not cached).
+
+        Where the name is a channel with a canary, the `caller` decides who gets it; None never does.
+        """
         if name in self.local:
             return self.local[name]
         ref = self._parse(name)
         resolved = await self._resolve(ref)
+        canary = resolved.canary
+        if canary is None:
+            return await self._found(name, resolved, track=None)
+        if caller is not None and is_chosen(caller, canary):
+            try:
+                return await self._found(name, canary.adapter, track="canary")
+            except LoractlError as error:
+                # Whoever would try the new version must not be worse off than with the old one.
+                _log.warning("the canary of %s cannot be had (%s): its callers get the channel's own", ref, error.code)
+        return await self._found(name, resolved, track="stable")
+
+    async def _found(self, name: str, resolved: ResolvedAdapter, *, track: Track | None) -> Found:
         if resolved.base_fingerprint is not None and resolved.base_fingerprint != self._base_fingerprint:
             raise BaseMismatch(
                 f"adapter {name} belongs to another base than this server's",
@@ -184,6 +207,8 @@ class AdapterSource:
             repo_id=resolved.repo_id,
             revision=resolved.revision,
             from_disk=was_on_disk,
+            version=resolved.version,
+            track=track,
         )
 
     async def _folder_of(self, resolved: ResolvedAdapter) -> tuple[Path, bool]:

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from loractl.adapters.reference import Digest
+from loractl.server.canary import Track
 from loractl.server.engine.stats import EngineStats, StepRecord
 
 PREFIX = "loractl_server_"
@@ -93,9 +94,16 @@ class ServerMetrics:
         self.batch_requests = histogram("batch_requests", "Sequences in a step.", _SMALL)
         self.batch_adapters = histogram("batch_distinct_adapters", "Distinct adapters in a step.", (0, *_SMALL))
         self.batch_tokens = histogram("batch_tokens", "Tokens in a step.", _TOKENS)
+        tracks = ("adapter", "version", "track")
+        self.canary_requests = counter("canary_requests", "Requests by channels with a canary, by version.", *tracks)
+        self.canary_errors = counter("canary_errors", "Failed sequences of those requests.", *tracks)
+        self.canary_tokens = counter("canary_generation_tokens", "Tokens generated for those requests.", *tracks)
+        self.canary_seconds = counter("canary_request_seconds", "Seconds that those requests took, summed.", *tracks)
         for name in ("stop", "length", "abort", "error"):
             self.finished.labels(name)
         self.labels.on_drop(self._forget_adapter)
+        self._versions = AdapterLabels(max_adapter_labels)
+        self._versions.on_drop(self._forget_version)
 
     def saw_step(self, record: StepRecord) -> None:
         """Take in one forward pass."""
@@ -113,6 +121,12 @@ class ServerMetrics:
         while len(self.names) > 10_000:
             self.names.popitem(last=False)
 
+    def track_labels(self, name: str, version: str, track: Track) -> tuple[str, str, Track]:
+        """Labels of one side of a channel's canary; as bounded as those of adapters."""
+        if self._versions.label(f"{name}\0{version}\0{track}") == OTHER:
+            return OTHER, OTHER, track
+        return name, version, track
+
     def page(self) -> bytes:
         """The page for Prometheus; takes milliseconds, so call it off the event loop."""
         with self._lock:
@@ -123,6 +137,11 @@ class ServerMetrics:
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+
+    def _forget_version(self, label: str) -> None:
+        adapter, version, track = label.split("\0")
+        for family in (self.canary_requests, self.canary_errors, self.canary_tokens, self.canary_seconds):
+            family.remove_by_labels({"adapter": adapter, "version": version, "track": track})
 
     def _forget_adapter(self, label: str) -> None:
         self.adapter_requests.remove_by_labels({"adapter": label})
@@ -258,7 +277,8 @@ def routing_page(seen: Snapshot) -> str:
     resident in a slot, as its text says.
     """
     stats = seen.stats
-    running = ",".join(seen.name(slot.digest) for slot in stats.slots if not slot.loading)
+    # Both versions of a channel with a canary go by the channel's name.
+    running = ",".join(dict.fromkeys(seen.name(slot.digest) for slot in stats.slots if not slot.loading))
     waiting = ",".join(sorted({seen.name(digest) for digest in stats.waiting_adapters}))
     gauges = {
         "requests_waiting": sum(stats.waiting.values()),

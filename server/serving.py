@@ -89,22 +89,26 @@ class Serving:
             self.metrics.rejected.labels("draining").inc()
             raise Draining("this server is shutting down", hint="another replica will answer", retry_after_s=5)
 
-    async def find(self, name: str, key: Key) -> Found:
+    async def find(self, name: str, key: Key, *, caller: str | None = None) -> Found:
         """The adapter of this name; for a key that may not use it, there is no such adapter."""
         repo_id = name if name in self.source.local else name.partition("@")[0]
         if not await self.access.may_use(key, repo_id):
             raise RepoNotFound(f"no adapter {name[:200]} in the hub", field="model")
-        return await self.source.find(name)
+        return await self.source.find(name, caller=caller)
 
     async def adapters_of(self, request: Common, key: Key) -> tuple[ServedAdapter, ...]:
         """The adapters that a request names, on the local disk, and on their way to the device."""
+        # A caller is a key, or one of the people that a key tells apart; canaries stay with each.
+        caller = f"{key.tenant}\0{request.user or ''}"
         if request.adapters is not None:
             named = [(each.name, each.weight) for each in request.adapters]
-            found = [ServedAdapter(found=await self.find(name, key), weight=weight) for name, weight in named]
+            found = [
+                ServedAdapter(found=await self.find(name, key, caller=caller), weight=weight) for name, weight in named
+            ]
         elif request.model == self.settings.base_name:
             return ()
         else:
-            found = [ServedAdapter(found=await self.find(request.model, key))]
+            found = [ServedAdapter(found=await self.find(request.model, key, caller=caller))]
         for adapter in found:
             self.metrics.name_adapter(adapter.found.digest, adapter.found.name)
             self.bridge.engine.prefetch(adapter.use)
@@ -139,7 +143,12 @@ class Serving:
         """Queue the sequences and watch them for the metrics."""
         ticket = self.bridge.open(submits)
         names = [adapter.found.name for adapter in adapters] or [self.settings.base_name]
-        return Watch(ticket, self.metrics, adapters=names, is_stream=is_stream)
+        tracks = [
+            self.metrics.track_labels(found.name, found.version or found.digest[:19], found.track)
+            for found in (adapter.found for adapter in adapters)
+            if found.track is not None
+        ]
+        return Watch(ticket, self.metrics, adapters=names, is_stream=is_stream, tracks=tracks)
 
     def digest_of(self, name: str) -> Digest:
         """The digest that a name was last used with; raises NotFound."""

@@ -4,6 +4,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from loractl.server.bridge import Ticket
+from loractl.server.canary import Track
 from loractl.server.engine.messages import Event, Failed, Finished, RequestId, Timing, Token
 from loractl.server.metrics import ServerMetrics
 
@@ -11,7 +12,15 @@ from loractl.server.metrics import ServerMetrics
 class Watch:
     """A ticket whose events are timed and counted as they pass."""
 
-    def __init__(self, ticket: Ticket, metrics: ServerMetrics, *, adapters: Sequence[str], is_stream: bool) -> None:
+    def __init__(
+        self,
+        ticket: Ticket,
+        metrics: ServerMetrics,
+        *,
+        adapters: Sequence[str],
+        is_stream: bool,
+        tracks: Sequence[tuple[str, str, Track]] = (),
+    ) -> None:
         self.ticket = ticket
         self.ids: tuple[RequestId, ...] = ticket.ids
         self.index: Mapping[RequestId, int] = ticket.index
@@ -24,8 +33,11 @@ class Watch:
         """Of the sequence that was heard of first."""
         self._ttft = metrics.ttft.labels(self._mode)
         self._itl = metrics.itl.labels(self._mode)
+        self._tracks = tracks
         for name in self._adapters:
             metrics.adapter_requests.labels(name).inc()
+        for track in tracks:
+            metrics.canary_requests.labels(*track).inc()
 
     async def events(self) -> AsyncIterator[list[Event]]:
         async for batch in self.ticket.events():
@@ -38,7 +50,10 @@ class Watch:
                 else:
                     self._saw_failure(event)
             yield batch
-        self._metrics.e2e.labels(self._mode).observe(time.monotonic() - self._started)
+        took_s = time.monotonic() - self._started
+        self._metrics.e2e.labels(self._mode).observe(took_s)
+        for track in self._tracks:
+            self._metrics.canary_seconds.labels(*track).inc(took_s)
 
     @property
     def stage(self) -> str:
@@ -69,8 +84,12 @@ class Watch:
         for name in self._adapters:
             metrics.adapter_tokens.labels(name, "prompt").inc(end.num_prompt_tokens)
             metrics.adapter_tokens.labels(name, "generation").inc(end.num_output_tokens)
+        for track in self._tracks:
+            metrics.canary_tokens.labels(*track).inc(end.num_output_tokens)
 
     def _saw_failure(self, failure: Failed) -> None:
         self._metrics.finished.labels("error").inc()
         for name in self._adapters:
             self._metrics.adapter_errors.labels(name, failure.error.code.lower()).inc()
+        for track in self._tracks:
+            self._metrics.canary_errors.labels(*track).inc()

@@ -17,6 +17,7 @@ from loractl.hub.blobs.store import BlobStore
 from loractl.hub.checks import read_json
 from loractl.hub.database import Database
 from loractl.hub.moments import iso
+from loractl.hub.registry.canaries import canary_view, running_canaries
 from loractl.hub.registry.records import Commit, Repo, TreeEntry, commit_of, ref_of, repo_of
 from loractl.hub.registry.revisions import read_tree, resolve
 from loractl.hub.wire import (
@@ -113,6 +114,7 @@ class Catalogue:
     async def _resolved(self, connection: AsyncConnection, repo: Repo, revision: str, commit: Commit) -> Resolved:
         yank = tables.yank
         reason = await connection.execute(select(yank.c.reason).where(yank.c.commit_oid == commit.oid))
+        canaries = await running_canaries(connection, repo)
         return Resolved(
             repo_id=repo.repo_id,
             revision=revision,
@@ -125,6 +127,7 @@ class Catalogue:
             size_bytes=commit.size_bytes,
             adapter_size_bytes=commit.adapter_size_bytes,
             yanked=reason.scalar_one_or_none(),
+            canary=canary_view(canaries.get(revision.removeprefix("refs/heads/"))),
         )
 
     async def detail(self, repo: Repo, revision: str) -> AdapterDetail:
@@ -300,6 +303,7 @@ async def _channels(connection: AsyncConnection, repo: Repo) -> list[ChannelView
         .where(ref.c.repo == repo.key, ref.c.kind == "branch")
         .order_by(ref.c.name)
     )
+    canaries = await running_canaries(connection, repo)
     views: list[ChannelView] = []
     for row in (await connection.execute(query)).all():
         found = ref_of(row)
@@ -310,6 +314,7 @@ async def _channels(connection: AsyncConnection, repo: Repo) -> list[ChannelView
                 version=row.version,
                 protected=found.protected,
                 updated_at=iso(found.updated_at),
+                canary=canary_view(canaries.get(found.name)),
             )
         )
     return views

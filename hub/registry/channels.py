@@ -5,7 +5,7 @@ import time
 from typing import Literal
 
 from msgspec import UNSET, UnsetType
-from sqlalchemy import Select, delete, insert, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -15,8 +15,9 @@ from loractl.hub import tables
 from loractl.hub.actor import Actor
 from loractl.hub.database import Database
 from loractl.hub.failpoints import reach
-from loractl.hub.moments import iso
+from loractl.hub.registry.canaries import end_canary, running_canaries, start_canary, take_back_canary
 from loractl.hub.registry.journal import emit, record
+from loractl.hub.registry.move_log import log_move, places, previous, read_move, read_moves
 from loractl.hub.registry.records import Commit, Ref, Repo
 from loractl.hub.registry.repos import lock_repo
 from loractl.hub.registry.revisions import find_ref, resolve, revision_not_found
@@ -52,7 +53,7 @@ class Channels:
                 raise Conflict(f"{repo.repo_id} has a channel or tag {name} already")
             commit = await resolve(connection, repo, start or DEFAULT_REVISION)
             await _put_ref(connection, repo, name, kind="branch", commit=commit)
-            await _log_move(connection, repo, name, "create", old=None, new=commit.oid, actor=actor, reason="")
+            await log_move(connection, repo, name, "create", old=None, new=commit.oid, actor=actor, reason="")
             await record(connection, actor, "channel.create", target=repo.repo_id, detail={"channel": name})
             await emit(connection, "channel.moved", repo, _payload(name, "create", None, commit))
 
@@ -66,7 +67,7 @@ class Channels:
             _check_protected(repo, ref, actor)
             table = tables.ref
             await connection.execute(delete(table).where(table.c.repo == repo.key, table.c.name == name))
-            await _log_move(connection, repo, name, "delete", old=ref.commit_oid, new=None, actor=actor, reason="")
+            await log_move(connection, repo, name, "delete", old=ref.commit_oid, new=None, actor=actor, reason="")
             await record(connection, actor, "channel.delete", target=repo.repo_id, detail={"channel": name})
             await emit(connection, "channel.moved", repo, _payload(name, "delete", ref.commit_oid, None))
 
@@ -126,7 +127,7 @@ class Channels:
             await emit(connection, f"version.{kind}ed", repo, detail)
 
     async def promote(self, repo: Repo, wanted: Promote, *, actor: Actor) -> ChannelMove:
-        """Move a channel to a revision. Raises Conflict unless the channel is where `expected_old` says."""
+        """Move a channel, or start a canary on it. Raises Conflict unless the channel is where `expected_old` says."""
         _check_may_move(repo, actor)
         name = wanted.channel
         async with self._database.write() as connection:
@@ -141,12 +142,21 @@ class Channels:
             old = None if ref is None else ref.commit_oid
             _check_expected(name, old, wanted.expected_old)
             commit = await resolve(connection, repo, wanted.revision)
+            if wanted.share is not UNSET:
+                if ref is None:
+                    raise RevisionNotFound(
+                        f"{repo.repo_id} has no channel {name!r}",
+                        hint="promote a first version to it, then try another",
+                    )
+                return await start_canary(
+                    connection, repo, ref, commit, share=wanted.share, actor=actor, reason=wanted.reason
+                )
             return await self._move(
                 connection, repo, name, kind="promote", old=old, to=commit, actor=actor, reason=wanted.reason
             )
 
     async def rollback(self, repo: Repo, wanted: Rollback, *, actor: Actor) -> ChannelMove:
-        """Move a channel back to where it was. Raises Conflict as `promote`, NotFound when there is no way back."""
+        """End a canary, or move a channel back. Raises Conflict as `promote`, NotFound when there is no way back."""
         _check_may_move(repo, actor)
         name = wanted.channel
         async with self._database.write() as connection:
@@ -154,9 +164,12 @@ class Channels:
             ref = await _branch(connection, repo, name)
             _check_protected(repo, ref, actor)
             _check_expected(name, ref.commit_oid, wanted.expected_old)
-            been = await _places(connection, repo, name)
+            canary = (await running_canaries(connection, repo)).get(name)
+            if canary is not None and wanted.to is None:
+                return await take_back_canary(connection, repo, ref, canary, actor=actor, reason=wanted.reason)
+            been = await places(connection, repo, name)
             if wanted.to is None:
-                oid = _previous(been, ref.commit_oid)
+                oid = previous(been, ref.commit_oid)
                 if oid is None:
                     raise NotFound(f"channel {name} of {repo.repo_id} was never anywhere else", hint="promote instead")
                 commit = await resolve(connection, repo, oid)
@@ -187,14 +200,14 @@ class Channels:
         actor: Actor,
         reason: str,
     ) -> ChannelMove:
+        await end_canary(connection, repo, name)
         await _put_ref(connection, repo, name, kind="branch", commit=to)
-        number = await _log_move(connection, repo, name, kind, old=old, new=to.oid, actor=actor, reason=reason)
+        number = await log_move(connection, repo, name, kind, old=old, new=to.oid, actor=actor, reason=reason)
         detail = {"channel": name, "from": old, "to": to.oid, "reason": reason}
         await record(connection, actor, f"channel.{kind}", target=repo.repo_id, detail=detail)
         await emit(connection, "channel.moved", repo, _payload(name, kind, old, to))
         reach("promote-before-end")
-        moves = await _read_moves(connection, repo, select(tables.ref_log).where(tables.ref_log.c.id == number))
-        return moves[0]
+        return await read_move(connection, repo, number)
 
     async def history(self, repo: Repo, channel: str | None, *, limit: int) -> list[ChannelMove]:
         """Moves of one channel or of all, newest first."""
@@ -203,7 +216,7 @@ class Channels:
         if channel is not None:
             query = query.where(table.c.name == channel)
         async with self._database.read() as connection:
-            moves = await _read_moves(connection, repo, query)
+            moves = await read_moves(connection, repo, query)
             if not moves and channel is not None:
                 raise RevisionNotFound(f"{repo.repo_id} has no channel {channel!r} and never had one")
             return moves
@@ -231,31 +244,6 @@ def _check_expected(name: str, old: str | None, expected: str | UnsetType | None
         )
 
 
-def _previous(been: list[tuple[str | None, str | None]], now: str) -> str | None:
-    """Where a channel was before it came to `now`, undoing each rollback with the move that it took back.
-
-    `been`: (old, new) of every move, oldest first.
-    """
-    trail: list[str] = []
-    for _, new in been:
-        if new is None:
-            trail.clear()
-        elif new in trail:
-            # Back at a place where it was: what came after is undone.
-            del trail[trail.index(new) + 1 :]
-        else:
-            trail.append(new)
-    if now in trail and trail.index(now) > 0:
-        return trail[trail.index(now) - 1]
-    return None
-
-
-async def _places(connection: AsyncConnection, repo: Repo, name: str) -> list[tuple[str | None, str | None]]:
-    table = tables.ref_log
-    query = select(table.c.old_oid, table.c.new_oid).where(table.c.repo == repo.key, table.c.name == name)
-    return [(row.old_oid, row.new_oid) for row in (await connection.execute(query.order_by(table.c.id))).all()]
-
-
 async def _branch(connection: AsyncConnection, repo: Repo, name: str) -> Ref:
     ref = await find_ref(connection, repo, name)
     if ref is None or ref.kind != "branch":
@@ -280,34 +268,6 @@ async def _put_ref(
     )
 
 
-async def _log_move(
-    connection: AsyncConnection,
-    repo: Repo,
-    name: str,
-    kind: MoveKind,
-    *,
-    old: str | None,
-    new: str | None,
-    actor: Actor,
-    reason: str,
-) -> int:
-    row = await connection.execute(
-        insert(tables.ref_log)
-        .values(
-            repo=repo.key,
-            name=name,
-            kind=kind,
-            old_oid=old,
-            new_oid=new,
-            by=actor.name,
-            at=time.time(),
-            reason=reason,
-        )
-        .returning(tables.ref_log.c.id)
-    )
-    return int(row.scalar_one())
-
-
 def _payload(name: str, kind: MoveKind, old: str | None, new: Commit | None) -> dict[str, str | None]:
     """What followers of the event stream learn of a move."""
     return {
@@ -318,31 +278,3 @@ def _payload(name: str, kind: MoveKind, old: str | None, new: Commit | None) -> 
         "version": None if new is None else new.version,
         "digest": None if new is None else new.digest,
     }
-
-
-async def _read_moves(
-    connection: AsyncConnection, repo: Repo, query: "Select[tuple[object, ...]]"
-) -> list[ChannelMove]:
-    rows = (await connection.execute(query)).all()
-    oids = {oid for row in rows for oid in (row.old_oid, row.new_oid) if oid is not None}
-    table = tables.commit
-    versions = {
-        row.oid: row.version
-        for row in await connection.execute(select(table.c.oid, table.c.version).where(table.c.oid.in_(oids)))
-    }
-    return [
-        ChannelMove(
-            id=row.id,
-            repo_id=repo.repo_id,
-            channel=row.name,
-            kind=row.kind,
-            old_commit=row.old_oid,
-            new_commit=row.new_oid,
-            old_version=versions.get(row.old_oid),
-            new_version=versions.get(row.new_oid),
-            by=row.by,
-            at=iso(row.at),
-            reason=row.reason,
-        )
-        for row in rows
-    ]

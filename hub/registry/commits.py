@@ -16,6 +16,7 @@ from loractl.hub.blobs.store import BlobStore
 from loractl.hub.checks import AdapterFacts, check_commit
 from loractl.hub.database import Database
 from loractl.hub.failpoints import reach
+from loractl.hub.registry.canaries import end_canary
 from loractl.hub.registry.journal import emit, record
 from loractl.hub.registry.ledger import known_in
 from loractl.hub.registry.quotas import Quotas
@@ -272,6 +273,7 @@ async def _move_refs(
     connection: AsyncConnection, repo: Repo, ref: Ref, commit: Commit, *, actor: Actor, now: float
 ) -> None:
     table = tables.ref
+    await end_canary(connection, repo, ref.name)
     await connection.execute(
         update(table)
         .where(table.c.repo == repo.key, table.c.name == ref.name)

@@ -8,6 +8,7 @@ repo.visibility    private                                                   rea
 version.created    version, commit, digest, channel                          readers of the repo
 version.yanked     commit, version, reason     version.unyanked  likewise    readers of the repo
 channel.moved      channel, kind, old, new, version, digest                  readers of the repo
+channel.canary     channel, commit, version, digest, share; null: it ended   readers of the repo
 channel.protected  channel, protected                                        readers of the repo
 tag.created        tag, commit                 tag.deleted       tag         readers of the repo
 token.created      id, name                    token.revoked     id, name    admins of the hub
@@ -34,6 +35,7 @@ KINDS = (
     "version.yanked",
     "version.unyanked",
     "channel.moved",
+    "channel.canary",
     "channel.protected",
     "tag.created",
     "tag.deleted",

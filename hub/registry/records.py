@@ -55,6 +55,18 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
+class RunningCanary:
+    """The commit that a share of a channel's callers gets, and who wanted that."""
+
+    channel: str
+    commit: Commit
+    share: float
+    by: str
+    at: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class TreeEntry:
     """One file of a commit."""
 

@@ -73,7 +73,8 @@ def test_every_change_of_a_repo_is_an_event_in_its_order(hub: LiveHub, adapter: 
         *("channel.moved", "channel.protected", "version.yanked", "version.unyanked", "repo.visibility"),
         *("repo.moved", "repo.deleted", "token.created", "token.revoked"),
     ]
-    assert set(_kinds(events)) == set(KINDS)
+    # The one that takes two versions is seen in test_canary.py.
+    assert set(_kinds(events)) == set(KINDS) - {"channel.canary"}
     numbers = [event["id"] for event in events]
     assert numbers == sorted(set(numbers))
     assert events[2]["data"]["commit"] == events[3]["data"]["new"] == oid
