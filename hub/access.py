@@ -7,6 +7,9 @@ READ        who may see the repo in the path; for all others it does not exist
 WRITE       who may also write to it            PROMOTE, ADMIN   likewise
 HUB_ADMIN   an admin of everything
 SIGNED      who holds an address or session token that the hub signed for exactly this; the route checks it
+PAGE        who has signed in with a browser, as TOKEN; a token in a header counts for nothing there, and a
+            browser's session for nothing anywhere else
+PAGE_READ   likewise, who may see the repo in the path
 """
 
 from enum import StrEnum
@@ -21,6 +24,7 @@ from litestar.params import SkipValidation
 
 from loractl.adapters.errors import NotAllowed, Unauthenticated
 from loractl.hub.actor import Actor, Right
+from loractl.hub.pages.session import session_actor
 from loractl.hub.registry.records import Repo
 from loractl.hub.services import Hub
 
@@ -36,12 +40,16 @@ class Policy(StrEnum):
     ADMIN = "admin"
     HUB_ADMIN = "hub_admin"
     SIGNED = "signed"
+    PAGE = "page"
+    PAGE_READ = "page_read"
 
 
 OPT_KEY = "policy"
+_OF_PAGES = frozenset({Policy.PAGE, Policy.PAGE_READ})
 
 _RIGHTS: dict[Policy, Right] = {
     Policy.READ: "read",
+    Policy.PAGE_READ: "read",
     Policy.WRITE: "write",
     Policy.PROMOTE: "promote",
     Policy.ADMIN: "admin",
@@ -61,7 +69,11 @@ async def authorise(connection: "ASGIConnection[Any, Any, Any, Any]", handler: B
         return
     hub: Hub = connection.app.state.hub
     state = connection.scope["state"]
-    actor = await hub.tokens.authenticate(bearer(connection), request_id=state.get("request_id", ""))
+    request_id = state.get("request_id", "")
+    if policy in _OF_PAGES:
+        actor = await session_actor(hub, connection, request_id=request_id)
+    else:
+        actor = await hub.tokens.authenticate(bearer(connection), request_id=request_id)
     state["actor"] = actor
     if actor.is_anonymous and not actor.roles:
         raise Unauthenticated("this hub asks for a token", hint="set HF_TOKEN or LORACTL_TOKEN")

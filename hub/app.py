@@ -24,6 +24,7 @@ from loractl.hub.hf import (
     xet_routes,
 )
 from loractl.hub.metrics import HubMetrics
+from loractl.hub.pages.router import pages_router
 from loractl.hub.services import open_hub
 from loractl.hub.settings import HubSettings
 from loractl.hub.webhooks import dispatching
@@ -50,6 +51,7 @@ _ROUTES: list[Router | HTTPRouteHandler] = [
     Router("/", route_handlers=_HF_ROUTES, include_in_schema=False),
     *documented(_OWN_ROUTES),
     *health_routes.ROUTES,
+    pages_router(),
 ]
 
 

@@ -4,7 +4,7 @@ import hashlib
 import secrets
 import time
 
-from sqlalchemy import insert, or_, select, update
+from sqlalchemy import ColumnElement, insert, or_, select, update
 
 from loractl.adapters.errors import NotFound, Unauthenticated
 from loractl.hub import tables
@@ -33,14 +33,7 @@ class Tokens:
         """Find who holds `secret`; raises Unauthenticated for one that is unknown, expired or revoked."""
         if secret is None:
             return anonymous(may_read=self._anonymous_read, request_id=request_id)
-        hashed = _hash(secret)
-        known = self._cache.get(hashed)
-        if known is None or known[0] < time.monotonic():
-            known = (time.monotonic() + _CACHE_S, await self._find(hashed))
-            if len(self._cache) >= _CACHE_SIZE:
-                self._cache.clear()
-            self._cache[hashed] = known
-        found = known[1]
+        found = await self._recent(tables.token.c.secret_sha256, _hash(secret))
         if found is None:
             raise Unauthenticated(
                 "Invalid credentials in Authorization header", hint="the token is unknown, expired or revoked"
@@ -48,10 +41,25 @@ class Tokens:
         await self._note_use(found)
         return Actor(found.token_id, found.name, found.roles, found.pattern, request_id)
 
-    async def _find(self, hashed: str) -> Actor | None:
+    async def holder(self, token_id: str, *, request_id: str) -> Actor | None:
+        """Find the holder of a token by its id, for who has proved already to hold it; None when it has ended."""
+        found = await self._recent(tables.token.c.id, token_id)
+        return None if found is None else Actor(found.token_id, found.name, found.roles, found.pattern, request_id)
+
+    async def _recent(self, column: "ColumnElement[str]", value: str) -> Actor | None:
+        """Whose token has this value, as it was at most `_CACHE_S` ago."""
+        known = self._cache.get(value)
+        if known is None or known[0] < time.monotonic():
+            known = (time.monotonic() + _CACHE_S, await self._find(column == value))
+            if len(self._cache) >= _CACHE_SIZE:
+                self._cache.clear()
+            self._cache[value] = known
+        return known[1]
+
+    async def _find(self, condition: "ColumnElement[bool]") -> Actor | None:
         table = tables.token
         async with self._database.read() as connection:
-            row = (await connection.execute(select(table).where(table.c.secret_sha256 == hashed))).first()
+            row = (await connection.execute(select(table).where(condition))).first()
         if row is None or row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= time.time()):
             return None
         return Actor(row.id, row.name, frozenset(row.roles.split(",")), row.pattern)

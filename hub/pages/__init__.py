@@ -1,0 +1,1 @@
+"""The hub for people with a browser: lists, adapters, comparisons. Reads only, and refuses to know the protocols."""
