@@ -6,8 +6,10 @@ Three hashes, then one over the three: the weight files, the tokenizer, the chat
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loractl.adapters.digest import file_sha256
 from loractl.adapters.errors import NotFound
@@ -31,6 +33,8 @@ _SHAPE_KEYS = (
     "sliding_window",
     "tie_word_embeddings",
 )
+
+_UNNAMED_WINDOW = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,14 @@ def identify_base(folder: Path, *, base_id: str | None = None) -> BaseIdentity:
         tokenizer_sha256=tokenizer,
         chat_template_sha256=template,
     )
+
+
+def base_window(config: Mapping[str, Any]) -> int:
+    """Most tokens that a base was made for, by its config.json; families name it differently."""
+    for key in ("max_position_embeddings", "model_max_length", "n_positions"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return _UNNAMED_WINDOW
 
 
 def _weights_sha256(folder: Path, config: dict[str, object]) -> str:

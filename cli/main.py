@@ -14,6 +14,7 @@ from loractl.cli.output import print_error
 COMMANDS: dict[str, str] = {
     "train": "loractl.cli.train_commands:train",
     "plan": "loractl.cli.train_commands:plan",
+    "data": "loractl.cli.data_commands:data",
     "push": "loractl.cli.adapter_commands:push",
     "pull": "loractl.cli.adapter_commands:pull",
     "list": "loractl.cli.adapter_commands:list_adapters",
@@ -38,6 +39,7 @@ COMMANDS: dict[str, str] = {
 SUMMARIES: dict[str, str] = {
     "train": "Train LoRA adapters on a base model, one or many at once.",
     "plan": "Say what `train` would do, with memory and steps; loads no weights.",
+    "data": "Look at training data: check, show, split, digest.",
     "push": "Put an adapter folder into the hub as the next version.",
     "pull": "Fetch an adapter from the hub.",
     "list": "List the adapters in the hub.",

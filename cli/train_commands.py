@@ -14,13 +14,14 @@ def _recipe_options(command: Any) -> Any:
     options = (
         click.argument("recipe", nargs=-1),
         click.option("--base", help="Base model: a folder in transformers' format, or a hub repo id."),
-        click.option("--data", multiple=True, help="Training file: .jsonl, .json, .csv or .tsv. May be repeated."),
+        click.option("--data", multiple=True, help="Training file, folder of files, or hf:ORG/NAME. May be repeated."),
+        click.option("--eval-data", multiple=True, help="Rows to hold out, instead of a share of the others."),
         click.option("--out", type=click.Path(path_type=Path), help="Folder for the adapter."),
         click.option("--preset", help="Settings to start from: article, quick."),
         click.option("--quantize", type=click.Choice(["int8", "nf4", "none"]), help="How the base is held. [int8]"),
         click.option("--targets", help="Modules by name, with commas, or all-linear."),
         click.option("--rank", type=int, help="Rank of the adapter."),
-        click.option("--template", help="How a row of text and label becomes text."),
+        click.option("--template", help='How columns become text: "Review: {text} Label: {label}".'),
         click.option("--from", "start_from", type=click.Path(path_type=Path), help="Adapter folder to start from."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any key of a recipe."),
         click.option("--json", "as_json", is_flag=True, help="JSON on stdout; train adds a line per step on stderr."),
@@ -172,7 +173,7 @@ def _tasks_to_resume(folders: tuple[Path, ...], flags: dict[str, Any]) -> Any:
     given = _named(flags) | dict(parse_setting(text) for text in flags["settings"])
     if flags["recipe"] or flags["preset"]:
         given |= _flatten(_recipe(flags | {"recipe": flags["recipe"][0] if flags["recipe"] else None}))
-    for key in ("base", "out", "data.files", "adapter.start_from"):
+    for key in ("base", "out", "data.files", "data.eval_files", "adapter.start_from"):
         given.pop(key, None)  # the checkpoint knows these by whole paths, and checks their content
     for task in tasks:
         difference = first_difference(task.recipe, with_settings(task.recipe, given))
@@ -204,6 +205,7 @@ def _named(flags: dict[str, Any]) -> dict[str, Any]:
         "out": str(flags["out"]) if flags["out"] else None,
         "quantize": flags["quantize"],
         "data.files": list(flags["data"]) or None,
+        "data.eval_files": list(flags["eval_data"]) or None,
         "data.template": flags["template"],
         "adapter.targets": flags["targets"].split(",") if flags["targets"] else None,
         "adapter.rank": flags["rank"],

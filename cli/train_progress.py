@@ -5,7 +5,10 @@ from typing import Any, Self
 
 import click
 
+from loractl.cli.marking import marked
 from loractl.cli.output import is_interactive, print_note
+
+_PREVIEW_CHARS = 300
 
 
 class ProgressPrinter:
@@ -30,7 +33,9 @@ class ProgressPrinter:
         from dataclasses import asdict
 
         if self._as_lines:
-            click.echo(json.dumps({"event": type(event).__name__.lower(), "run": run} | asdict(event)), err=True)
+            fields = asdict(event)
+            fields.pop("preview", None)  # rows are for people, not for logs
+            click.echo(json.dumps({"event": type(event).__name__.lower(), "run": run} | fields), err=True)
         else:
             getattr(self, f"_show_{type(event).__name__.lower()}")(run, event)
 
@@ -41,13 +46,10 @@ class ProgressPrinter:
             print_note(text)
 
     def _show_started(self, run: str, event: Any) -> None:
-        dropped = f", {event.num_overlong_rows} left out as too long" if event.num_overlong_rows else ""
         together = f"; {event.num_processes} processes" if event.num_processes > 1 else ""
-        self._note(
-            f"{run}: {event.num_rows} rows{dropped}, {event.num_eval_rows} held out; {event.num_tokens:,} tokens, "
-            f"{event.num_learned_tokens:,} learned; {event.num_parameters:,} parameters; "
-            f"{event.num_steps} steps{together}"
-        )
+        self._note(f"{run}: {event.data.sentence()}")
+        print_note(f"{run}: row 1, learned in bold: {marked(event.preview, max_chars=_PREVIEW_CHARS)}")
+        self._note(f"{run}: {event.num_parameters:,} parameters; {event.num_steps} steps{together}")
         if self._bars is None:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

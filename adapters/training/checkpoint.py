@@ -16,6 +16,7 @@ import msgspec
 
 from loractl.adapters.digest import file_sha256
 from loractl.adapters.errors import BadData, Conflict, NotFound, UsageError
+from loractl.adapters.training.data_files import data_files
 from loractl.adapters.training.examples import Example
 from loractl.adapters.training.recipe import Recipe
 
@@ -169,7 +170,8 @@ def gather_facts(recipe: Recipe, *, base_fingerprint: str, examples: Sequence[Se
         for example in part:
             digest.update(f"{example.ids} {[int(flag) for flag in example.learned]}\n".encode())
         digest.update(b"\n")
-    files = {name: file_sha256(Path(name)) for name in recipe.data.files if Path(name).is_file()}
+    names = [str(path) for name in (*recipe.data.files, *recipe.data.eval_files) for path in data_files(name)]
+    files = {name: file_sha256(Path(name)) for name in names}
     return Facts(
         base_fingerprint=base_fingerprint,
         examples_digest=f"sha256:{digest.hexdigest()}",
@@ -267,7 +269,8 @@ def _with_whole_paths(recipe: Recipe) -> Recipe:
 
     settings["base"] = whole(recipe.base)
     settings["out"] = str(Path(recipe.out).resolve())
-    settings["data"]["files"] = [whole(name) for name in recipe.data.files]
+    for key in ("files", "eval_files"):
+        settings["data"][key] = [whole(name) for name in settings["data"][key]]
     if recipe.adapter.start_from:
         settings["adapter"]["start_from"] = whole(recipe.adapter.start_from)
     return msgspec.convert(settings, Recipe)

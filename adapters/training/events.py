@@ -1,18 +1,18 @@
 """What a training run says while it runs; whoever listens decides how a person sees it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from loractl.adapters.training.data_summary import DataSummary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """The data is read and the model is ready."""
 
-    num_rows: int
-    num_eval_rows: int
-    num_overlong_rows: int
-    num_tokens: int
-    num_learned_tokens: int
+    data: DataSummary
+    preview: Sequence[tuple[str, bool]] = ()
+    """One row as text, in pieces that are learned or not; for a person's eyes, never for a log."""
     num_parameters: int
     num_steps: int
     num_processes: int = 1

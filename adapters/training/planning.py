@@ -44,7 +44,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         "base": f"{inputs.identity.id} {inputs.identity.fingerprint[:19]}",
         "rows": len(inputs.train),
         "rows held out": len(inputs.held_out),
-        "rows too long": inputs.num_overlong,
+        "rows too long": inputs.summary.num_overlong,
         "tokens": sum(lengths),
         "tokens learned": sum(example.num_learned for example in inputs.train),
         "longest row, tokens": lengths[-1],

@@ -70,10 +70,19 @@ class DataPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Which rows, how they become text, and how long they may be."""
 
     files: list[str] = []
+    """Files, folders of files, or hub datasets as `hf:ORG/NAME`."""
     template: str | None = None
-    """For rows of text and label; the loss is on what `{label}` stands for and on the stop token."""
-    max_tokens: int = 1024
+    """How columns become text, as "Review: {text} Label: {label}"; the last one is the answer and is learned."""
+    answers: Literal["every", "last"] = "every"
+    """Which answers of a conversation are learned."""
+    max_tokens: int | Literal["auto"] = "auto"
+    """Longest row; `auto` is the base's window, and the lock holds the number."""
+    overlong: Literal["auto", "drop", "truncate", "error"] = "auto"
+    """What becomes of longer rows; `auto` drops up to one in a hundred and refuses more."""
     eval_share: float = 0.05
+    """Share of the rows that is held out; rows of one conversation stay together."""
+    eval_files: list[str] = []
+    """Rows to hold out instead of a share."""
 
 
 class Recipe(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -221,19 +230,19 @@ def _check_values(recipe: Recipe) -> None:
         ("train.patience", recipe.train.patience, 0, 1 << 30),
         ("train.save_every", recipe.train.save_every, 0, 1 << 30),
         ("train.warmup", recipe.train.warmup, 0, 1),
-        ("data.max_tokens", recipe.data.max_tokens, 8, 1 << 20),
+        ("data.max_tokens", 8 if recipe.data.max_tokens == "auto" else recipe.data.max_tokens, 8, 1 << 20),
         ("data.eval_share", recipe.data.eval_share, 0, 0.5),
     )
     for key, value, low, high in limits:
         if not low <= value <= high:
             raise BadRecipe(f"{key}={value} is outside {low} to {high}")
-    if recipe.train.patience and not recipe.data.eval_share:
+    if recipe.train.patience and not (recipe.data.eval_share or recipe.data.eval_files):
         raise BadRecipe("train.patience needs held-out rows to judge by", hint="data.eval_share=0.05")
     if recipe.adapter.dora and recipe.adapter.init in {"pissa", "olora"}:
         raise BadRecipe(f"adapter.dora and adapter.init={recipe.adapter.init} cannot be saved together")
     template = recipe.data.template
-    if template is not None and ("{text}" not in template or not template.endswith("{label}")):
+    if template is not None and not re.search(r"\{\w+\}.*\{\w+\}$", template, re.DOTALL):
         raise BadRecipe(
-            f"data.template {template!r} must hold {{text}} and end with {{label}}",
+            f"data.template {template!r} must name two columns and end with the one that is learned",
             hint='for example "Review: {text} Label: {label}"',
         )

@@ -1,134 +1,160 @@
-"""Reads training files into rows, and says file, line and reason of the first one that is broken. Knows no tokens."""
+"""Tells what form training rows have, and file, line and reason of the first one that is broken. Knows no tokens."""
 
-import csv
+import difflib
 import hashlib
-import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from loractl.adapters.errors import BadData, BadRow
+from loractl.adapters.training.conversations import (
+    BadConversation,
+    checked_messages,
+    checked_tools,
+    messages_of_turns,
+)
+from loractl.adapters.training.data_files import Record, data_files, read_records
 
-Form = Literal["text+label", "prompt+completion", "messages"]
-
-_FIELDS: Mapping[Form, tuple[str, ...]] = {
+# A form is named after its columns where they are the person's own, as in a template of {question} and {answer}.
+_NEEDED: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
     "prompt+completion": ("prompt", "completion"),
     "text+label": ("text", "label"),
+    "text": ("text",),
 }
-_ROLES = {"system", "user", "assistant", "tool"}
+_OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "messages": ("tools",),
+    "sharegpt": ("system", "tools"),
+    "alpaca": ("input", "system"),
+}
+_CONVERSATION_KEYS = ("conversation_id", "conversation")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it stands in its file; `place` is `file:line` for messages to people."""
+    """One row in a known form; `place` is `file:line` for messages to people.
+
+    `fields` are `messages` (and `tools`), `prompt` and `completion`, `text`, Alpaca's own, or a template's columns.
+    `conversation` is equal for rows that must stay together when some are held out.
+    """
 
     place: str
-    form: Form
+    form: str
     fields: Mapping[str, Any]
+    conversation: str = ""
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read a .jsonl, .json, .csv or .tsv file; raises BadRow with file:line, or BadData for the whole file."""
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise BadData(f"{path}: cannot read {path.suffix or 'a file without a suffix'}", hint="jsonl, json, csv or tsv")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise BadData(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise BadRow(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x})") from error
-    rows = [_checked(f"{path}:{line}", value) for line, value in reader(path, text)]
-    if not rows:
-        raise BadData(f"{path}: holds no rows")
-    forms = {row.form for row in rows}
-    if len(forms) > 1:
-        odd = next(row for row in rows if row.form != rows[0].form)
-        raise BadRow(f"{odd.place}: is {odd.form}, but the file began with {rows[0].form}")
-    return rows
+def read_rows(path: Path, *, columns: Sequence[str] = ()) -> list[Row]:
+    """Read one data file; `columns` are those of a template. Raises BadRow with file:line, or BadData."""
+    return _checked_rows(read_records(path), columns, where=str(path))
 
 
-def rows_digest(rows: list[Row]) -> str:
+def read_all_rows(names: Sequence[str], *, columns: Sequence[str] = ()) -> list[Row]:
+    """Read files, folders and hub datasets together; they must be of one form."""
+    files = [path for name in names for path in data_files(name)]
+    records = (record for path in files for record in read_records(path))
+    return _checked_rows(records, columns, where=", ".join(names))
+
+
+def rows_digest(rows: Sequence[Row]) -> str:
     """Hash the rows' contents, whatever their order."""
-    digests = sorted(hashlib.sha256(_canonical(row)).digest() for row in rows)
+    digests = sorted(row_digest(row) for row in rows)
     return "sha256:" + hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _canonical(row: Row) -> bytes:
-    return json.dumps(row.fields, sort_keys=True, ensure_ascii=False).encode()
+def row_digest(row: Row) -> bytes:
+    """Hash one row's contents."""
+    return hashlib.sha256(json.dumps(row.fields, sort_keys=True, ensure_ascii=False).encode()).digest()
 
 
-def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadRow(f"{path}:{number}:{error.colno}: not JSON: {error.msg}") from error
+def _checked_rows(records: Iterable[Record], columns: Sequence[str], *, where: str) -> list[Row]:
+    forms = {"+".join(columns): tuple(columns)} if columns else _NEEDED
+    rows: list[Row] = []
+    for record in records:
+        rows.append(_checked(record, forms, began_with=rows[0].form if rows else None))
+    if not rows:
+        raise BadData(f"{where}: holds no rows")
+    return rows
 
 
-def _read_json(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadRow(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
-    if not isinstance(value, list):
-        raise BadData(f"{path}: a .json file of rows holds an array", hint="one object per line is a .jsonl file")
-    yield from enumerate(value, 1)
-
-
-def _read_csv(path: Path, text: str, *, delimiter: str = ",") -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise BadRow(f"{path}:{reader.line_num}: not the {len(reader.fieldnames or [])} columns of the header")
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise BadRow(f"{path}:{reader.line_num}: {error}") from error
-
-
-def _read_tsv(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    return _read_csv(path, text, delimiter="\t")
-
-
-def _checked(place: str, value: Any) -> Row:
+def _checked(record: Record, forms: Mapping[str, tuple[str, ...]], *, began_with: str | None) -> Row:
+    value = record.value
     if not isinstance(value, dict):
-        raise BadRow(f"{place}: a row is an object, not {type(value).__name__}")
-    for form, names in _FIELDS.items():
-        if all(name in value for name in names):
-            fields = {name: value[name] for name in names}
-            if form == "messages":
-                _check_messages(place, fields["messages"])
-            else:
-                _check_texts(place, fields)
-            return Row(place, form, fields)
-    raise BadRow(
-        f"{place}: has {', '.join(map(repr, value)) or 'no columns'}",
-        hint="columns: text and label; or prompt and completion; or messages",
+        raise BadRow(
+            f"{record.place}: a row is an object, not {type(value).__name__}", hint=f"the row: {record.shown()}"
+        )
+    form = began_with
+    if form is None or not _has(value, forms[form]):
+        form = next((name for name, needed in forms.items() if _has(value, needed)), None)
+        if form is None or (began_with and set(forms[form]) < set(forms[began_with])):
+            raise _columns_missing(record, {began_with: forms[began_with]} if began_with else forms)
+        if began_with:
+            raise BadRow(f"{record.place}: is {form}, but the data began with {began_with}", hint=record.shown())
+    fields = {name: value[name] for name in forms[form]}
+    fields |= {name: value[name] for name in _OPTIONAL.get(form, ()) if value.get(name)}
+    if form in {"messages", "sharegpt"}:
+        try:
+            fields = _conversation(fields)
+        except BadConversation as error:
+            raise BadRow(
+                f"{record.at(error.key)}: {error.message}", hint=error.hint or f"the row: {record.shown()}"
+            ) from error
+    else:
+        _check_texts(record, fields)
+    named = next((str(value[key]) for key in _CONVERSATION_KEYS if value.get(key) is not None), None)
+    return Row(record.place, form, fields, named or _beginning(fields))
+
+
+def _has(value: Mapping[str, Any], needed: Sequence[str]) -> bool:
+    return all(value.get(name) is not None for name in needed)
+
+
+def _columns_missing(record: Record, forms: Mapping[str, tuple[str, ...]]) -> BadRow:
+    """Name the column that the row lacks of the form it is nearest to, or all that there could be."""
+    value: Mapping[str, Any] = record.value
+    keys = [key for key in value if isinstance(key, str)]
+    for needed in sorted(forms.values(), key=lambda needed: -sum(name in value for name in needed)):
+        for name in needed:
+            if name in value and value[name] is None:
+                return BadRow(f"{record.at(name)}: {name} is null", hint=f"the row: {record.shown()}")
+            wrong = difflib.get_close_matches(name, [key for key in keys if key not in needed], n=1)
+            if name not in value and wrong:
+                meant = f"`{name}`" if needed in _NEEDED.values() else f"{{{wrong[0]}}} in the template"
+                return BadRow(
+                    f"{record.at(wrong[0])}: no column `{name}`, but `{wrong[0]}`", hint=f"did you mean {meant}?"
+                )
+    known = "; or ".join(" and ".join(needed) for needed in forms.values())
+    return BadRow(f"{record.place}: has {', '.join(map(repr, value)) or 'no columns'}", hint=f"columns: {known}")
+
+
+def _conversation(fields: Mapping[str, Any]) -> dict[str, Any]:
+    messages = (
+        checked_messages(fields["messages"]) if "messages" in fields else messages_of_turns(fields["conversations"])
     )
+    if isinstance(fields.get("system"), str) and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": fields["system"]}, *messages]
+    tools = checked_tools(fields["tools"], messages) if fields.get("tools") else []
+    return {"messages": messages} | ({"tools": tools} if tools else {})
 
 
-def _check_texts(place: str, fields: dict[str, Any]) -> None:
+def _check_texts(record: Record, fields: Mapping[str, Any]) -> None:
     for name, text in fields.items():
         if not isinstance(text, str):
-            raise BadRow(f"{place}: {name} is {type(text).__name__}, not text")
+            raise BadRow(
+                f"{record.at(name)}: {name} is {type(text).__name__}, not text", hint=f"the row: {record.shown()}"
+            )
         if not text.strip():
-            raise BadRow(f"{place}: {name} is empty")
+            raise BadRow(f"{record.at(name)}: {name} is empty", hint=f"the row: {record.shown()}")
 
 
-def _check_messages(place: str, messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise BadRow(f"{place}: messages is not a list of messages")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise BadRow(f"{place}: messages[{number}] has no role of {', '.join(sorted(_ROLES))}")
-        if not isinstance(message.get("content"), str):
-            raise BadRow(f"{place}: messages[{number}].content is not text")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadRow(f"{place}: no assistant message, so nothing to learn")
+def _beginning(fields: Mapping[str, Any]) -> str:
+    """How a row begins: rows of one conversation, each a turn longer, begin alike."""
+    if "messages" in fields:
+        first = next((one["content"] for one in fields["messages"] if one["role"] == "user"), "")
+        system = next((one["content"] for one in fields["messages"] if one["role"] == "system"), "")
+        return f"{system}\n{first}"
+    return str(fields.get("prompt") or fields.get("text") or f"{fields.get('instruction')}\n{fields.get('input')}")

@@ -1,7 +1,6 @@
 """One training run from recipe to adapter folder: read, check, load, train, evaluate, save. Knows no terminal."""
 
 import json
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from loractl.adapters.base_identity import BaseIdentity, identify_base
+from loractl.adapters.base_identity import BaseIdentity, base_window, identify_base
 from loractl.adapters.base_source import resolve_base
 from loractl.adapters.digest import folder_digest
 from loractl.adapters.errors import BadRecipe, Incompatible, LoractlError, UsageError
@@ -25,13 +24,16 @@ from loractl.adapters.training.checkpoint import (
     gather_facts,
     remove_checkpoints,
 )
+from loractl.adapters.training.data_files import public_name
+from loractl.adapters.training.data_summary import DataSummary, summarize
 from loractl.adapters.training.distributed import World, joined, read_world
 from loractl.adapters.training.events import Listener, Progress, Resumed, Started
-from loractl.adapters.training.examples import Example, prepare_examples
+from loractl.adapters.training.examples import Example, Prepared, marked_text, prepare_examples, template_columns
 from loractl.adapters.training.interrupt import stop_requests
 from loractl.adapters.training.rate import auto_rate
 from loractl.adapters.training.recipe import Recipe
-from loractl.adapters.training.rows import Row, read_rows, rows_digest
+from loractl.adapters.training.rows import Row, read_all_rows, rows_digest
+from loractl.adapters.training.splitting import split_rows
 
 if TYPE_CHECKING:
     from loractl.adapters.training.member import Member
@@ -50,7 +52,9 @@ class Inputs:
     rows: list[Row]
     train: list[Example]
     held_out: list[Example]
-    num_overlong: int
+    summary: DataSummary
+    preview: list[tuple[str, bool]]
+    """The first row to train on as text, in pieces that are learned or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +82,24 @@ def prepare(recipe: Recipe) -> Inputs:
         raise BadRecipe("no base model", hint="--base FOLDER or a hub repo id")
     if not recipe.data.files:
         raise BadRecipe("no data", hint="--data FILE")
-    rows = [row for name in recipe.data.files for row in read_rows(Path(name))]
+    recipe = resolve_numbers(recipe)
+    columns = template_columns(recipe.data.template)
+    rows = read_all_rows(recipe.data.files, columns=columns)
     source = resolve_base(recipe.base)
     tokenizer = load_tokenizer(source.folder)
-    prepared = prepare_examples(rows, tokenizer, template=recipe.data.template, max_tokens=recipe.data.max_tokens)
-    train, held_out = _split(prepared.examples, share=recipe.data.eval_share, seed=recipe.train.seed)
+    prepared = prepare_examples(rows, tokenizer, recipe.data, max_tokens=int(recipe.data.max_tokens))
+    if recipe.data.eval_files:
+        eval_rows = read_all_rows(recipe.data.eval_files, columns=columns)
+        held_out = prepare_examples(eval_rows, tokenizer, recipe.data, max_tokens=int(recipe.data.max_tokens)).examples
+        train = prepared.examples
+    else:
+        train, held_out = _split(prepared, share=recipe.data.eval_share, seed=recipe.train.seed)
     identity = identify_base(source.folder, base_id=source.id)
     if recipe.adapter.start_from:
         _check_parent(Path(recipe.adapter.start_from), identity)
-    return Inputs(source.folder, source.revision, identity, rows, train, held_out, prepared.num_overlong)
+    preview = marked_text(train[0], tokenizer)
+    summary = summarize(rows, prepared, train=train, num_eval_rows=len(held_out))
+    return Inputs(source.folder, source.revision, identity, rows, train, held_out, summary, preview)
 
 
 def run(recipe: Recipe, *, listener: Listener) -> Outcome:
@@ -112,7 +125,7 @@ def run_fleet(
     world = read_world()
     if grouped and world.size > 1:
         raise UsageError("--grouped is for one process", hint="without --grouped the members take turns")
-    tasks = [_resolved(task) for task in tasks]
+    tasks = [Task(resolve_numbers(task.recipe), task.checkpoint) for task in tasks]
     _check_tasks(tasks, fresh_start=world.is_first)
     inputs = [prepare(task.recipe) for task in tasks]
     for task, one in zip(tasks, inputs, strict=True):
@@ -189,11 +202,8 @@ def _member(
     )
     listener(
         Started(
-            num_rows=len(inputs.train),
-            num_eval_rows=len(inputs.held_out),
-            num_overlong_rows=inputs.num_overlong,
-            num_tokens=sum(len(example.ids) for example in inputs.train),
-            num_learned_tokens=sum(example.num_learned for example in inputs.train),
+            data=inputs.summary,
+            preview=inputs.preview,
             num_parameters=sum(parameter.numel() for parameter in member.tensors),
             num_steps=member.num_steps,
             num_processes=world.size,
@@ -243,15 +253,19 @@ def _tell_nobody(event: Progress) -> None:
     del event
 
 
-def _resolved(task: Task) -> Task:
+def resolve_numbers(recipe: Recipe) -> Recipe:
     """Replace what a recipe leaves to the base by its value, which the lock then holds."""
-    recipe = task.recipe
-    if recipe.train.learning_rate != "auto" or not recipe.base:
-        return task
-    config = json.loads((resolve_base(recipe.base).folder / "config.json").read_text())
-    rate = auto_rate(int(config["hidden_size"]), model_type=str(config.get("model_type", "")))
-    train = msgspec.structs.replace(recipe.train, learning_rate=rate)
-    return Task(msgspec.structs.replace(recipe, train=train), task.checkpoint)
+    if not recipe.base:
+        return recipe
+    train, data = recipe.train, recipe.data
+    if train.learning_rate == "auto" or data.max_tokens == "auto":
+        config = json.loads((resolve_base(recipe.base).folder / "config.json").read_text())
+        if train.learning_rate == "auto":
+            rate = auto_rate(int(config["hidden_size"]), model_type=str(config.get("model_type", "")))
+            train = msgspec.structs.replace(train, learning_rate=rate)
+        if data.max_tokens == "auto":
+            data = msgspec.structs.replace(data, max_tokens=base_window(config))
+    return msgspec.structs.replace(recipe, train=train, data=data)
 
 
 def _check_tasks(tasks: Sequence[Task], *, fresh_start: bool) -> None:
@@ -275,15 +289,9 @@ def _check_tasks(tasks: Sequence[Task], *, fresh_start: bool) -> None:
             check_no_unfinished(Path(recipe.out))
 
 
-def _split(examples: list[Example], *, share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    num_held_out = round(len(examples) * share)
-    if num_held_out == 0:
-        return examples, []
-    order = list(range(len(examples)))
-    random.Random(seed).shuffle(order)  # noqa: S311 - a split that can be repeated, not a secret
-    chosen = set(order[:num_held_out])
-    held_out = [example for index, example in enumerate(examples) if index in chosen]
-    return [example for index, example in enumerate(examples) if index not in chosen], held_out
+def _split(prepared: Prepared, *, share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    train, held_out = split_rows(prepared.rows, share=share, seed=seed)
+    return [prepared.examples[number] for number in train], [prepared.examples[number] for number in held_out]
 
 
 def _check_parent(folder: Path, identity: BaseIdentity) -> None:
@@ -305,7 +313,8 @@ def _manifest(recipe: Recipe, inputs: Inputs, *, num_parameters: int, parent: Di
     settings = msgspec.to_builtins(recipe)
     # The record travels: file and folder names of this machine stay here.
     settings |= {"base": identity.id, "out": Path(recipe.out).name}
-    settings["data"]["files"] = [Path(name).name for name in recipe.data.files]
+    for key in ("files", "eval_files"):
+        settings["data"][key] = [public_name(name) for name in settings["data"][key]]
     if recipe.adapter.start_from:
         settings["adapter"]["start_from"] = parent
     return Manifest(
@@ -326,7 +335,7 @@ def _manifest(recipe: Recipe, inputs: Inputs, *, num_parameters: int, parent: Di
             num_rows=len(inputs.rows),
             num_eval_rows=len(inputs.held_out),
             num_supervised_tokens=sum(example.num_learned for example in inputs.train),
-            files=[Path(name).name for name in recipe.data.files],
+            files=[public_name(name) for name in recipe.data.files],
         ),
         recipe=settings,
         parent=parent,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loractl.adapters.errors import BadRecipe, BadRow, TargetsMissing
 from loractl.adapters.training.examples import prepare_examples
-from loractl.adapters.training.recipe import Recipe, resolve_recipe
+from loractl.adapters.training.recipe import DataPart, Recipe, resolve_recipe
 from loractl.adapters.training.rows import read_rows, rows_digest
 from loractl.adapters.training.run import Outcome, run
 from loractl.adapters.validation import FolderTree, validate_tree
@@ -69,9 +69,7 @@ def test_training_lowers_the_loss_and_reports_every_step(tmp_path: Path, base: P
 def test_first_loss_equals_transformers_own_when_the_adapter_is_still_zero(tmp_path: Path, base: Path) -> None:
     recipe = _recipe(tmp_path, base)
     tokenizer = AutoTokenizer.from_pretrained(str(base))
-    prepared = prepare_examples(
-        read_rows(Path(recipe.data.files[0])), tokenizer, template=recipe.data.template, max_tokens=64
-    )
+    prepared = prepare_examples(read_rows(Path(recipe.data.files[0])), tokenizer, recipe.data, max_tokens=64)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     total, count = 0.0, 0
     for example in prepared.examples:
@@ -143,7 +141,7 @@ def test_conversation_learns_only_the_answers_and_their_stop_token(base: Path, t
     ]
     tokenizer = AutoTokenizer.from_pretrained(str(base))
     rows = read_rows(_write(tmp_path / "chat.jsonl", [{"messages": messages}]))
-    (example,) = prepare_examples(rows, tokenizer, template=None, max_tokens=512).examples
+    (example,) = prepare_examples(rows, tokenizer, DataPart(), max_tokens=512).examples
     learned = [token for token, flag in zip(example.ids, example.learned, strict=True) if flag]
     assert tokenizer.decode(learned) == "yes<|im_end|>no<|im_end|>"
 
@@ -159,7 +157,7 @@ def test_data_digest_ignores_the_order_of_rows(tmp_path: Path) -> None:
     ("name", "text", "says"),
     [
         ("a.csv", "text,label\nx,y\nz\n", "a.csv:3"),
-        ("a.jsonl", '{"text": "x"}\n', "a.jsonl:1"),
+        ("a.jsonl", '{"prompt": "x"}\n', "a.jsonl:1"),
         ("a.jsonl", '{"text": "x", "label": 3}\n', "label is int"),
         ("a.json", "[1]", "a row is an object"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "no assistant"),
