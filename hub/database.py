@@ -6,6 +6,8 @@ at once (`BEGIN IMMEDIATE`) and queue in this process, so that a push never fail
 
 import asyncio
 import contextlib
+import sqlite3
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,10 +101,13 @@ def database_url(root: Path, url: str | None) -> str:
 def open_database(url: str) -> Database:
     """Make the engines for a URL from `database_url`; connects lazily."""
     if url.startswith("sqlite"):
-        readers = create_async_engine(
-            url, poolclass=AsyncAdaptedQueuePool, pool_size=_NUM_READERS, max_overflow=0, pool_timeout=_BUSY_TIMEOUT_S
-        )
-        writer = create_async_engine(url, poolclass=AsyncAdaptedQueuePool, pool_size=1, max_overflow=0)
+        options: dict[str, Any] = {
+            "poolclass": AsyncAdaptedQueuePool,
+            "max_overflow": 0,
+            "connect_args": {"factory": _LettingGo},
+        }
+        readers = create_async_engine(url, pool_size=_NUM_READERS, pool_timeout=_BUSY_TIMEOUT_S, **options)
+        writer = create_async_engine(url, pool_size=1, **options)
         event.listen(readers.sync_engine, "connect", _prepare_sqlite)
         event.listen(writer.sync_engine, "connect", _prepare_sqlite)
         event.listen(readers.sync_engine, "begin", _begin_snapshot)
@@ -117,6 +122,30 @@ def open_database(url: str) -> Database:
         connect_args={"timeout": 10, "command_timeout": 60},
     )
     return Database(engine, engine)
+
+
+class _LettingGo(sqlite3.Connection):
+    """Ends its transaction and its cursors when it is closed.
+
+    A cancelled task's traceback keeps its cursor, and SQLite keeps the locks of a closed connection for as long as one
+    of its cursors lives: until the garbage collector came by, nobody else could write.
+    """
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
+
+    def cursor(self, *args: Any, **more: Any) -> Any:
+        made = super().cursor(*args, **more)
+        self._cursors.add(made)
+        return made
+
+    def close(self) -> None:
+        for cursor in list(self._cursors):
+            cursor.close()
+        if self.in_transaction:
+            self.rollback()
+        super().close()
 
 
 def _prepare_sqlite(connection: Any, record: object) -> None:
