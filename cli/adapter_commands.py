@@ -1,18 +1,20 @@
 """`loractl push`, `pull`, `list`, `show`, `check`: adapters between this machine and a hub."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from loractl.adapters.errors import AdapterInvalid, UsageError
-from loractl.adapters.reference import DEFAULT_REVISION, parse_reference
+from loractl.adapters.errors import AdapterInvalid, RepoNotFound, RevisionNotFound, UsageError
+from loractl.adapters.reference import DEFAULT_REVISION, AdapterRef, parse_reference
 from loractl.cli.context import adapter_cache, hub_option, json_option, open_hub
 from loractl.cli.output import percent, print_json, print_note, print_table
 
 if TYPE_CHECKING:
     from loractl.adapters.validation import ValidationRecord
+    from loractl.hub.client import HubClient
     from loractl.hub.wire import ChannelView
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -25,6 +27,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--message", "-m", default="", help="Why this version was made.")
 @click.option("--base", type=_FOLDER, help="The base's folder, for an adapter whose loractl.json does not pin one.")
 @click.option("--private", is_flag=True, help="Make a new repo visible only to tokens that name it.")
+@click.option("--gate", "gates", multiple=True, help='Refuse a worse one: "accuracy>=prod", "eval_loss<=prev".')
 @hub_option
 @json_option
 def push(
@@ -35,6 +38,7 @@ def push(
     message: str,
     base: Path | None,
     private: bool,
+    gates: tuple[str, ...],
     hub_url: str | None,
     as_json: bool,
 ) -> None:
@@ -46,6 +50,7 @@ def push(
     Examples:
       loractl push out/movies demo/movies
       loractl push out/movies demo/movies --channel staging -m "more rows"
+      loractl push out/movies demo/movies --gate "accuracy>=prod" --gate "eval_loss<=prev"
     """
     ref = parse_reference(reference)
     if ref.revision != DEFAULT_REVISION:
@@ -59,6 +64,7 @@ def push(
             hint=record.rejections[0].hint or f"`loractl check {folder}` shows every finding",
         )
     with open_hub(hub_url) as hub:
+        _pass_gates(hub, gates, folder, ref, channel=channel)
         pushed = hub.push(folder, ref, channel=channel, message=message, private=private)
     if as_json:
         print_json(_as_dict(pushed))
@@ -222,6 +228,27 @@ def check(*, folder: Path, base: Path | None, as_json: bool) -> int:
         for hint in dict.fromkeys(one.hint for one in record.rejections if one.hint):
             print_note(f"hint: {hint}")
     return AdapterInvalid.exit_code if record.rejections else 0
+
+
+def _pass_gates(hub: "HubClient", gates: Sequence[str], folder: Path, ref: AdapterRef, *, channel: str) -> None:
+    """Compare the folder's metrics with those of the revisions that the gates name; raises CheckFailed."""
+    from loractl.adapters.gate import PREVIOUS, parse_gate
+    from loractl.adapters.manifest import Manifest, load_manifest
+
+    ours = (load_manifest(folder) or Manifest()).metrics
+    for gate in [parse_gate(text) for text in gates]:
+        theirs = None
+        if gate.number is None:
+            revision = channel if gate.other == PREVIOUS else gate.other
+            try:
+                found = hub.show(parse_reference(f"{ref.repo_id}@{revision}"))
+            except (RepoNotFound, RevisionNotFound):
+                if gate.other != PREVIOUS:
+                    raise
+                print_note(f"gate {gate.metric}: {channel} of {ref.repo_id} points nowhere yet")
+                continue
+            theirs = (found.manifest or {}).get("metrics") or {}
+        print_note(gate.check(ours, theirs))
 
 
 def _validate(folder: Path, *, base: Path | None, must_pin_base: bool) -> "ValidationRecord":

@@ -17,7 +17,7 @@ def _recipe_options(command: Any) -> Any:
         click.option("--data", multiple=True, help="Training file, folder of files, or hf:ORG/NAME. May be repeated."),
         click.option("--eval-data", multiple=True, help="Rows to hold out, instead of a share of the others."),
         click.option("--out", type=click.Path(path_type=Path), help="Folder for the adapter."),
-        click.option("--preset", help="Settings to start from: article, quick."),
+        click.option("--preset", help="Settings to start from; `loractl presets list` shows them."),
         click.option("--quantize", type=click.Choice(["int8", "nf4", "none"]), help="How the base is held. [int8]"),
         click.option("--targets", help="Modules by name, with commas, or all-linear."),
         click.option("--rank", type=int, help="Rank of the adapter."),

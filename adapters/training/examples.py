@@ -122,7 +122,7 @@ def marked_text(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
 
 def _prompt_and_answer(row: Row, template: str | None) -> tuple[str, str]:
     fields = row.fields
-    if row.form == "prompt+completion" and template is None:
+    if "completion" in fields and template is None:
         return fields["prompt"], fields["completion"]
     if row.form == "alpaca":
         given = fields.get("input")

@@ -58,7 +58,7 @@ def grouped_step(members: Sequence[Member]) -> list[tuple[Member, Diverged]]:
             if (num_rows := sum(row.owner == index for row in micro))
         ]
         tensors = collate([row.example for row in micro], members[0].trunk.device)
-        with members[0].own_randomness(), _grouped_layers(model, segments):
+        with members[0].own_randomness(), grouped_layers(model, segments):
             before, targets, row_of = learned_positions(model, tensors)
         owner_of = owners[row_of]
         parts = position_losses(model, before, targets) / counts[owner_of]
@@ -85,7 +85,7 @@ def _micros(rows: Sequence[_Row], *, num_rows: int) -> Iterator[list[_Row]]:
 
 
 @contextmanager
-def _grouped_layers(model: Any, segments: Sequence[tuple[str, int]]) -> Iterator[None]:
+def grouped_layers(model: Any, segments: Sequence[tuple[str, int]]) -> Iterator[None]:
     """Replace the forward of every LoRA layer by the grouped one, for one forward pass."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:

@@ -14,14 +14,14 @@ def make_optimizer(model: Any, parameters: Sequence[torch.nn.Parameter], train: 
     on_cuda = parameters[0].device.type == "cuda"
     kind: Any
     settings: dict[str, Any]
-    if train.optimizer == "adamw":
+    if train.optimizer == "adamw" or (train.optimizer == "auto" and not on_cuda):
         kind, settings = torch.optim.AdamW, {"betas": (0.9, 0.999), "fused": True}
     elif not on_cuda:
         raise Unsupported(f"train.optimizer={train.optimizer} needs a CUDA device", hint="train.optimizer=adamw")
     else:
         import bitsandbytes.optim
 
-        names = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+        names = {"auto": "PagedAdamW8bit", "adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
         kind, settings = getattr(bitsandbytes.optim, names[train.optimizer]), {}
     if train.lora_plus:
         from peft.optimizers import create_loraplus_optimizer

@@ -45,8 +45,8 @@ class TrainPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.03
     """Share of the steps over which the rate rises; then it follows the schedule."""
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """The 8-bit ones are bitsandbytes' and need CUDA."""
+    optimizer: Literal["auto", "adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """The 8-bit ones are bitsandbytes' and need CUDA; `auto` is the paged one there, else torch's."""
     lora_plus: float | None = None
     """How much faster B learns than A (LoRA+); None is the same rate for both."""
     weight_decay: float = 0.0

@@ -22,6 +22,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
+    "choices": ("prompt", "choices", "answer"),
     "prompt+completion": ("prompt", "completion"),
     "text+label": ("text", "label"),
     "text": ("text",),
@@ -104,6 +105,8 @@ def _checked(record: Record, forms: Mapping[str, tuple[str, ...]], *, began_with
                 f"{record.at(error.key)}: {error.message}", hint=error.hint or f"the row: {record.shown()}"
             ) from error
     else:
+        if form == "choices":
+            fields = _chosen(record, fields)
         _check_texts(record, fields)
     named = next((str(value[key]) for key in _CONVERSATION_KEYS if value.get(key) is not None), None)
     return Row(record.place, form, fields, named or _beginning(fields))
@@ -141,8 +144,25 @@ def _conversation(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"messages": messages} | ({"tools": tools} if tools else {})
 
 
+def _chosen(record: Record, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the number of the right choice, or its text, into a completion; the choices stay for scoring."""
+    choices, answer = fields["choices"], fields["answer"]
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
+        raise BadRow(f"{record.at('choices')}: choices is not a list of texts", hint=f"the row: {record.shown()}")
+    if isinstance(answer, int) and 0 <= answer < len(choices):
+        answer = choices[answer]
+    if answer not in choices:
+        raise BadRow(
+            f"{record.at('answer')}: answer {answer!r} is no choice",
+            hint=f"its number from 0 to {len(choices) - 1}, or its text",
+        )
+    return {"prompt": fields["prompt"], "completion": answer, "choices": choices}
+
+
 def _check_texts(record: Record, fields: Mapping[str, Any]) -> None:
     for name, text in fields.items():
+        if name == "choices":
+            continue
         if not isinstance(text, str):
             raise BadRow(
                 f"{record.at(name)}: {name} is {type(text).__name__}, not text", hint=f"the row: {record.shown()}"

@@ -1,0 +1,62 @@
+"""`loractl push --gate` against a live hub: worse is refused before a byte is sent, better passes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import RevisionNotFoundError
+
+from live_hub import LiveHub
+from loractl.adapters.manifest import Manifest, save_manifest
+from loractl.cli.main import run
+from pushing import push
+
+
+def _measured(adapter: Path, folder: Path, accuracy: float) -> Path:
+    shutil.copytree(adapter, folder)
+    save_manifest(Manifest(metrics={"eval_accuracy": accuracy}), folder)
+    return folder
+
+
+def test_gate_refuses_a_worse_adapter_and_lets_a_better_one_pass(
+    folder_hub: LiveHub,
+    adapter: Path,
+    other_adapter: Path,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LORACTL_TOKEN", folder_hub.admin)
+    first, second = _measured(adapter, tmp_path / "first", 0.8), _measured(other_adapter, tmp_path / "second", 0.7)
+    words = ["--hub", folder_hub.url, "--base", str(tiny_base), "--gate"]
+    assert run(["push", str(first), "team/name", *words, "accuracy>=prev"]) == 0
+    assert "points nowhere yet" in capsys.readouterr().err
+    assert run(["push", str(second), "team/name", *words, "accuracy>=prev"]) == 3
+    assert "not accuracy 0.7 >= 0.8 (prev)" in capsys.readouterr().err
+    assert run(["push", str(second), "team/name", *words, "accuracy>=prod"]) == 7
+    with pytest.raises(RevisionNotFoundError):
+        _check_version(folder_hub, "v2")
+    assert run(["push", str(second), "team/name", *words, "accuracy>=0.6"]) == 0
+    _check_version(folder_hub, "v2")
+
+
+def _check_version(hub: LiveHub, version: str) -> None:
+    hub.api().model_info("team/name", revision=version)
+
+
+def test_gate_against_an_adapter_without_metrics_is_closed(
+    folder_hub: LiveHub,
+    adapter: Path,
+    other_adapter: Path,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LORACTL_TOKEN", folder_hub.admin)
+    push(folder_hub, adapter)
+    mine = _measured(other_adapter, tmp_path / "mine", 0.9)
+    words = ["--hub", folder_hub.url, "--base", str(tiny_base), "--gate", "accuracy>=prev"]
+    assert run(["push", str(mine), "team/name", *words]) == 3
+    assert "prev has no metric accuracy" in capsys.readouterr().err
