@@ -10,6 +10,7 @@ from litestar import Litestar
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+from loractl.server.api_document import document_routes
 from loractl.server.completion_routes import completion_routes
 from loractl.server.metrics import EngineCollector, ServerMetrics
 from loractl.server.model_routes import model_routes
@@ -49,6 +50,7 @@ def create_app(serving: Serving) -> ASGIApp:
             *model_routes(serving),
             *operator_routes(serving),
             *playground_routes(serving),
+            *document_routes(),
         ],
         lifespan=[life],
         exception_handlers=dict(EXCEPTION_HANDLERS),

@@ -35,8 +35,12 @@ _CODES: dict[type[errors.LoractlError], str] = {
     errors.Unauthenticated: "invalid_api_key",
     errors.Overloaded: "rate_limit_exceeded",
 }
-_UNKNOWN_FIELD = re.compile(r"^Object contains unknown field `(?P<field>.*)`(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
-_MISSING_FIELD = re.compile(r"^Object missing required field `(?P<field>.*)`(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_UNKNOWN_FIELD = re.compile(
+    r"^Object contains unknown field `(?P<field>.*?)`(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL
+)
+_MISSING_FIELD = re.compile(
+    r"^Object missing required field `(?P<field>.*?)`(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL
+)
 _WRONG_VALUE = re.compile(r"^(?P<what>.*?) - at (?:`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
 
 

@@ -56,6 +56,18 @@ class Status(msgspec.Struct, kw_only=True):
     adapters: list[AdapterStatus]
 
 
+class Health(msgspec.Struct):
+    """One word on how the server is."""
+
+    status: str
+
+
+class Drained(msgspec.Struct):
+    """The answer when nothing runs any more."""
+
+    status: str = "drained"
+
+
 class Done(msgspec.Struct, kw_only=True):
     """The answer of an admin call."""
 
@@ -73,17 +85,17 @@ def _health_routes(serving: Serving) -> Sequence[HTTPRouteHandler]:
     @get(["/healthz", "/health/live"])
     async def live() -> Response[bytes]:
         is_alive = serving.bridge.is_alive
-        return _json({"status": "ok" if is_alive else serving.bridge.state}, 200 if is_alive else 503)
+        return _json(Health("ok" if is_alive else serving.bridge.state), 200 if is_alive else 503)
 
     @get(["/readyz", "/health/ready"])
     async def ready() -> Response[bytes]:
         state = "draining" if serving.is_draining else serving.bridge.state
-        return _json({"status": "ready" if serving.is_ready else state}, 200 if serving.is_ready else 503)
+        return _json(Health("ready" if serving.is_ready else state), 200 if serving.is_ready else 503)
 
     @get("/health/startup")
     async def startup() -> Response[bytes]:
         is_up = serving.bridge.state != "starting"
-        return _json({"status": "started" if is_up else "starting"}, 200 if is_up else 503)
+        return _json(Health("started" if is_up else "starting"), 200 if is_up else 503)
 
     @get("/metrics")
     async def metrics() -> Response[bytes]:
@@ -145,7 +157,7 @@ def _admin_routes(serving: Serving) -> Sequence[HTTPRouteHandler]:
         await check(request)
         with contextlib.suppress(asyncio.CancelledError):
             await serving.drain()
-        return _json({"status": "drained"})
+        return _json(Drained())
 
     return [status, load, prefetch, pin, unpin, unload, drain]
 
