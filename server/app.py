@@ -1,5 +1,6 @@
 """The application: routes on one server, error shapes, a request id on every answer, and one log line. No decisions."""
 
+import asyncio
 import logging
 import time
 import uuid
@@ -11,8 +12,8 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from loractl.server.api_document import document_routes
-from loractl.server.completion_routes import completion_routes
-from loractl.server.metrics import EngineCollector, ServerMetrics
+from loractl.server.completion_routes import TRACE, completion_routes
+from loractl.server.metrics import EngineCollector
 from loractl.server.model_routes import model_routes
 from loractl.server.openai_errors import EXCEPTION_HANDLERS
 from loractl.server.operator_routes import operator_routes
@@ -43,6 +44,8 @@ def create_app(serving: Serving) -> ASGIApp:
             await serving.source.close()
             serving.prompts.close()
             await serving.access.close()
+            if serving.tracing is not None:
+                await asyncio.to_thread(serving.tracing.close)
 
     app = Litestar(
         route_handlers=[
@@ -59,15 +62,16 @@ def create_app(serving: Serving) -> ASGIApp:
         logging_config=None,
     )
     paths = {route.path for route in app.routes}
-    return _Outermost(app, serving.metrics, paths)
+    return _Outermost(app, serving, paths)
 
 
 class _Outermost:
     """Gives every answer an id, counts it, and logs it without what was asked or said."""
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics, paths: set[str]) -> None:
+    def __init__(self, app: ASGIApp, serving: Serving, paths: set[str]) -> None:
         self._app = app
-        self._metrics = metrics
+        self._metrics = serving.metrics
+        self._tracing = serving.tracing
         self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,6 +80,8 @@ class _Outermost:
             return
         request_id, started = f"req_{uuid.uuid4().hex}", time.monotonic()
         status, digest, method = 0, "", str(scope.get("method", ""))
+        trace = None if self._tracing is None else self._tracing.begin(method, scope["path"], scope["headers"])
+        scope.setdefault("state", {})[TRACE] = trace
 
         async def named_send(message: Message) -> None:
             nonlocal status, digest
@@ -91,7 +97,7 @@ class _Outermost:
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()
-            facts = {
+            facts: dict[str, object] = {
                 "request_id": request_id,
                 "method": method,
                 "path": path,
@@ -99,4 +105,7 @@ class _Outermost:
                 "adapter": digest,
                 "seconds": round(time.monotonic() - started, 4),
             }
+            if trace is not None:
+                facts["trace_id"] = trace.trace_id
+                trace.end(status, request_id=request_id)
             log.info("request", extra={"facts": facts})

@@ -22,6 +22,7 @@ from loractl.server.hub_reader import HubReader
 from loractl.server.metrics import ServerMetrics
 from loractl.server.prompts import Prompts
 from loractl.server.serving import Serving, ServingSettings
+from loractl.server.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,7 @@ class Checked:
     fingerprint: str
     access: Access
     local: Mapping[str, Found]
+    tracing: Tracing | None = None
 
     @property
     def base_name(self) -> str:
@@ -80,7 +82,14 @@ def check(choices: Choices) -> Checked:
         name: Found(name=name, digest=folder_digest(folder), folder=folder) for name, folder in choices.adapters.items()
     }
     fingerprint = identify_base(source.folder, base_id=source.id).fingerprint
-    return Checked(choices=choices, source=source, fingerprint=fingerprint, access=access, local=local)
+    return Checked(
+        choices=choices,
+        source=source,
+        fingerprint=fingerprint,
+        access=access,
+        local=local,
+        tracing=Tracing.from_environment(),
+    )
 
 
 def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts: Prompts) -> Serving:
@@ -109,6 +118,7 @@ def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts
         prompts=prompts,
         metrics=metrics,
         access=checked.access,
+        tracing=checked.tracing,
     )
 
 

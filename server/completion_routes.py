@@ -28,7 +28,11 @@ from loractl.server.serving import Serving
 from loractl.server.stream import ClientGone, EventStream, SlowReader, unless_gone
 from loractl.server.tool_plan import plan_tools
 from loractl.server.tool_replies import ToolWriter
+from loractl.server.tracing import RequestTrace
 from loractl.server.watch import Watch
+
+TRACE = "loractl_trace"
+"""Where the outermost layer puts a request's trace in its scope."""
 
 _REASONS = {
     "model_not_found": "adapter_not_found",
@@ -173,7 +177,11 @@ class _Generation:
         num_booked = sum(len(prompt) for prompt in prompts) + len(ids) * asked.sampling.max_tokens
         for booking in self._bookings:
             serving.quotas.take_tokens(booking, num_booked)
-        watch = serving.open(asked.submits(prompts, ids), adapters=asked.adapters, is_stream=bool(body.stream))
+        trace: RequestTrace | None = self._request.scope["state"].get(TRACE)
+        if trace is not None:
+            trace.asked(body.model, adapters=[each.found.digest for each in asked.adapters])
+        submits = asked.submits(prompts, ids)
+        watch = serving.open(submits, adapters=asked.adapters, is_stream=bool(body.stream), trace=trace)
         headers = _served(asked.adapters)
         try:
             if not body.stream:

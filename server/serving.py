@@ -17,6 +17,7 @@ from loractl.server.metrics import ServerMetrics, Snapshot
 from loractl.server.openai_wire import Common
 from loractl.server.prompts import Prompts
 from loractl.server.quota import Quotas
+from loractl.server.tracing import RequestTrace, Tracing
 from loractl.server.watch import Watch
 
 
@@ -56,6 +57,7 @@ class Serving:
         metrics: ServerMetrics,
         access: Access | None = None,
         hub_events: HubEvents | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
         self.bridge = bridge
@@ -63,6 +65,7 @@ class Serving:
         self.hub_events = hub_events
         self.prompts = prompts
         self.metrics = metrics
+        self.tracing = tracing
         self.access = access or Access()
         self.quotas = Quotas()
         self.started_at = int(time.time())
@@ -139,7 +142,14 @@ class Serving:
         timeout_s = self.settings.request_timeout_s
         return None if timeout_s is None else time.monotonic() + timeout_s
 
-    def open(self, submits: Sequence[Submit], *, adapters: Sequence[ServedAdapter], is_stream: bool) -> Watch:
+    def open(
+        self,
+        submits: Sequence[Submit],
+        *,
+        adapters: Sequence[ServedAdapter],
+        is_stream: bool,
+        trace: RequestTrace | None = None,
+    ) -> Watch:
         """Queue the sequences and watch them for the metrics."""
         ticket = self.bridge.open(submits)
         names = [adapter.found.name for adapter in adapters] or [self.settings.base_name]
@@ -148,7 +158,7 @@ class Serving:
             for found in (adapter.found for adapter in adapters)
             if found.track is not None
         ]
-        return Watch(ticket, self.metrics, adapters=names, is_stream=is_stream, tracks=tracks)
+        return Watch(ticket, self.metrics, adapters=names, is_stream=is_stream, tracks=tracks, trace=trace)
 
     def digest_of(self, name: str) -> Digest:
         """The digest that a name was last used with; raises NotFound."""

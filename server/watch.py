@@ -1,4 +1,4 @@
-"""Watches one request's events on their way to its client, for the metrics. Changes nothing."""
+"""Watches one request's events on their way to its client, for metrics and traces. Changes nothing."""
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -7,6 +7,7 @@ from loractl.server.bridge import Ticket
 from loractl.server.canary import Track
 from loractl.server.engine.messages import Event, Failed, Finished, RequestId, Timing, Token
 from loractl.server.metrics import ServerMetrics
+from loractl.server.tracing import RequestTrace
 
 
 class Watch:
@@ -20,6 +21,7 @@ class Watch:
         adapters: Sequence[str],
         is_stream: bool,
         tracks: Sequence[tuple[str, str, Track]] = (),
+        trace: RequestTrace | None = None,
     ) -> None:
         self.ticket = ticket
         self.ids: tuple[RequestId, ...] = ticket.ids
@@ -34,6 +36,7 @@ class Watch:
         self._ttft = metrics.ttft.labels(self._mode)
         self._itl = metrics.itl.labels(self._mode)
         self._tracks = tracks
+        self._trace = trace
         for name in self._adapters:
             metrics.adapter_requests.labels(name).inc()
         for track in tracks:
@@ -71,6 +74,8 @@ class Watch:
 
     def _saw_end(self, end: Finished) -> None:
         metrics, timing = self._metrics, end.timing
+        if self._trace is not None:
+            self._trace.sequence_ended(end)
         self.timing = self.timing or timing
         metrics.finished.labels("abort" if end.reason == "cancelled" else end.reason).inc()
         metrics.prompt_tokens.inc(end.num_prompt_tokens)
@@ -88,6 +93,8 @@ class Watch:
             metrics.canary_tokens.labels(*track).inc(end.num_output_tokens)
 
     def _saw_failure(self, failure: Failed) -> None:
+        if self._trace is not None:
+            self._trace.sequence_failed(failure)
         self._metrics.finished.labels("error").inc()
         for name in self._adapters:
             self._metrics.adapter_errors.labels(name, failure.error.code.lower()).inc()

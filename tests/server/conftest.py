@@ -23,6 +23,7 @@ from loractl.server.metrics import ServerMetrics
 from loractl.server.prompts import Prompts
 from loractl.server.run import DrainingServer, open_socket
 from loractl.server.serving import Serving, ServingSettings
+from loractl.server.tracing import Tracing
 from tiny_models import tiny_tokenizer
 
 FINGERPRINT = "sha256:" + "b" * 64
@@ -48,7 +49,7 @@ StartServer = Callable[..., Awaitable[Live]]
 
 @pytest.fixture
 async def start_server(tmp_path: Path) -> AsyncIterator[StartServer]:
-    """Start servers with `hub`, `access`, `limits`, `prepare(engine)` and ServingSettings' fields as options."""
+    """Start servers; options: `hub`, `access`, `limits`, `tracing`, `prepare(engine)`, ServingSettings' fields."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**options: Any) -> Live:
@@ -69,6 +70,7 @@ async def _live(
     hub: HubSide | None = None,
     access: Access | None = None,
     limits: BridgeLimits | None = None,
+    tracing: Tracing | None = None,
     prepare: Callable[[FakeEngine], None] = lambda engine: None,
     **settings: Any,
 ) -> AsyncIterator[Live]:
@@ -89,6 +91,7 @@ async def _live(
         prompts=Prompts(tokenizer),
         metrics=metrics,
         access=access,
+        tracing=tracing,
     )
     listener = open_socket("127.0.0.1", 0)
     ready = asyncio.Event()
