@@ -48,6 +48,9 @@ from loractl.cli.output import is_interactive, print_json, print_note
 @click.option("--cache-bytes", type=int, help="Limit of that folder.")
 @click.option("--drain-timeout", default=300.0, show_default=True, help="Seconds that running answers get at the end.")
 @click.option("--drain-grace", default=0.0, show_default=True, help="Seconds to keep answering 503 before closing.")
+@click.option(
+    "--vllm-metrics", is_flag=True, help="Tell the metrics that routers and dashboards read by vLLM's names too."
+)
 @click.option("--check-config", is_flag=True, help="Check everything but the weights, print it, and stop.")
 def serve(**options: Any) -> None:
     """Serve a base model and its adapters with an OpenAI-compatible API.
@@ -105,6 +108,7 @@ def _choices(options: dict[str, Any]) -> Any:
         cache_bytes=options["cache_bytes"],
         drain_timeout_s=options["drain_timeout"],
         drain_grace_s=options["drain_grace"],
+        vllm_metrics=options["vllm_metrics"],
     )
 
 

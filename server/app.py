@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from litestar import Litestar
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from prometheus_client.registry import Collector
 
 from loractl.server.api_document import document_routes
 from loractl.server.completion_routes import TRACE, completion_routes
@@ -19,6 +20,7 @@ from loractl.server.openai_errors import EXCEPTION_HANDLERS
 from loractl.server.operator_routes import operator_routes
 from loractl.server.playground import playground_routes
 from loractl.server.serving import Serving
+from loractl.server.vllm_metrics import VllmAliases
 
 log = logging.getLogger("loractl.server.access")
 
@@ -31,13 +33,18 @@ def create_app(serving: Serving) -> ASGIApp:
         del app
         await serving.bridge.start()
         collector = EngineCollector(serving.snapshot)
-        serving.metrics.registry.register(collector)
+        collectors: list[Collector] = [collector]
+        if serving.settings.vllm_metrics:
+            collectors.append(VllmAliases(collector, serving.metrics, model_name=serving.settings.base_name))
+        for each in collectors:
+            serving.metrics.registry.register(each)
         if serving.hub_events is not None:
             serving.hub_events.start()
         try:
             yield
         finally:
-            serving.metrics.registry.unregister(collector)
+            for each in collectors:
+                serving.metrics.registry.unregister(each)
             if serving.hub_events is not None:
                 await serving.hub_events.close()
             await serving.bridge.stop()

@@ -47,6 +47,7 @@ class Choices:
     drain_timeout_s: float = 300.0
     drain_grace_s: float = 0.0
     max_adapter_labels: int = 200
+    vllm_metrics: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +107,7 @@ def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts
         base_fingerprint=checked.fingerprint,
         quantization=choices.quantization,
         adapter_limits=choices.adapter_limits,
+        vllm_metrics=choices.vllm_metrics,
         drain_timeout_s=choices.drain_timeout_s,
         drain_grace_s=choices.drain_grace_s,
     )

@@ -14,6 +14,7 @@ from loractl.server.http_input import read_body
 from loractl.server.metrics import kv_usage, routing_page
 from loractl.server.openai_errors import decode_body
 from loractl.server.serving import Serving
+from loractl.server.vllm_metrics import vllm_routing_page
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -104,7 +105,9 @@ def _health_routes(serving: Serving) -> Sequence[HTTPRouteHandler]:
 
     @get("/metrics/routing")
     async def routing() -> Response[bytes]:
-        return Response(routing_page(serving.snapshot()).encode(), media_type=_METRICS_TYPE)
+        seen = serving.snapshot()
+        page = routing_page(seen) + (vllm_routing_page(seen) if serving.settings.vllm_metrics else "")
+        return Response(page.encode(), media_type=_METRICS_TYPE)
 
     return [live, ready, startup, metrics, routing]
 

@@ -39,6 +39,8 @@ class ServingSettings:
     """A reader that takes no chunk for this long is cut off."""
     adapter_limits: Key | None = None
     """Requests and tokens a minute, and requests at a time, of each adapter over all keys."""
+    vllm_metrics: bool = False
+    """Whether metrics are told by vLLM's names too."""
     drain_timeout_s: float = 300.0
     drain_grace_s: float = 0.0
     """How long a draining server still answers 503 before the listener closes, for balancers to notice."""

@@ -94,3 +94,29 @@ def test_label_of_an_idle_adapter_makes_room() -> None:
     assert labels.label("b") == "b"
     assert labels.label("c") == "c"
     assert dropped == ["a"]
+
+
+async def test_vllms_names_are_told_to_those_who_want_them(start_server: Any, live: Any) -> None:
+    assert "vllm:" not in (await live.http.get("/metrics")).text + (await live.http.get("/metrics/routing")).text
+    other = await start_server(vllm_metrics=True)
+    await other.openai.completions.create(model="cats", prompt="a fox", max_tokens=5)
+    families = {one.name: one for one in text_string_to_metric_families((await other.http.get("/metrics")).text)}
+    for ours, theirs in (
+        ("requests_running", "num_requests_running"),
+        ("time_to_first_token_seconds", "time_to_first_token_seconds"),
+        ("e2e_request_seconds", "e2e_request_latency_seconds"),
+    ):
+        own, alias = families[f"loractl_server_{ours}"], families[f"vllm:{theirs}"]
+        assert [sample.value for sample in alias.samples] == [sample.value for sample in own.samples]
+        assert alias.type == own.type
+        assert {sample.labels["model_name"] for sample in alias.samples} == {"tiny"}
+    assert {name for name in families if name.startswith("vllm:")} == {
+        f"vllm:{name}"
+        for name in (
+            *("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "cache_config_info"),
+            *("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"),
+        )
+    }
+    routing = text_string_to_metric_families((await other.http.get("/metrics/routing")).text)
+    labels = {one.name: one.samples[0].labels for one in routing}
+    assert labels["vllm:lora_requests_info"] == labels["loractl_server_lora_requests_info"]

@@ -53,7 +53,7 @@ async def test_phases_follow_each_other_below_the_callers_span(
     assert f"00-{root.context.trace_id:032x}-{root.parent.span_id:016x}-01" == _CALLER
     parents = {name: span.parent.span_id for name, span in spans.items() if span.parent is not None}
     assert parents["queue"] == parents["prefill"] == parents["decode"] == root.context.span_id
-    assert parents["load"] == spans["queue"].context.span_id  # type: ignore[union-attr]
+    assert parents["load"] == spans["queue"].context.span_id
     assert spans["queue"].end_time == spans["prefill"].start_time
     assert spans["prefill"].end_time == spans["decode"].start_time
     facts = dict(root.attributes or {})
