@@ -13,13 +13,20 @@ from loractl.server.openai_replies import (
     ChatChunk,
     ChatReply,
     DetokenizeReply,
+    EmbeddingReply,
     ErrorReply,
     ModelCard,
     ModelList,
     TextReply,
     TokenizeReply,
 )
-from loractl.server.openai_wire import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from loractl.server.openai_wire import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from loractl.server.operator_routes import Done, Drained, Health, NamedAdapter, Status
 
 DOCUMENT_PATH = "/openapi.json"
@@ -62,6 +69,7 @@ def _adapter_call(action: str, summary: str) -> Operation:
 OPERATIONS: Sequence[Operation] = (
     Operation("post", "/v1/chat/completions", "Answer a chat.", ChatRequest, ChatReply, chunk=ChatChunk),
     Operation("post", "/v1/completions", "Complete texts.", CompletionRequest, TextReply, chunk=TextReply),
+    Operation("post", "/v1/embeddings", "Embed texts by their last token.", EmbeddingRequest, EmbeddingReply),
     Operation("get", "/v1/models", "The base and the adapters that this key may use.", reply=ModelList),
     Operation("get", "/v1/models/{model}", "One of them, or any adapter that the hub has.", reply=ModelCard),
     Operation("post", "/tokenize", "Token ids of a text or a chat.", TokenizeRequest, TokenizeReply),

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from loractl.server.api_document import document_routes
 from loractl.server.completion_routes import TRACE, completion_routes
+from loractl.server.embedding_routes import embedding_routes
 from loractl.server.metrics import EngineCollector
 from loractl.server.model_routes import model_routes
 from loractl.server.openai_errors import EXCEPTION_HANDLERS
@@ -57,6 +58,7 @@ def create_app(serving: Serving) -> ASGIApp:
     app = Litestar(
         route_handlers=[
             *completion_routes(serving),
+            *embedding_routes(serving),
             *model_routes(serving),
             *operator_routes(serving),
             *playground_routes(serving),

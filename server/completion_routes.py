@@ -2,7 +2,7 @@
 
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from litestar import Request, post
@@ -13,7 +13,6 @@ from litestar.types import ASGIApp
 from loractl.adapters.errors import BadRequest, LoractlError, UsageError
 from loractl.server.access import EVERYBODY, Key
 from loractl.server.generation import (
-    MAX_PROMPTS,
     Asked,
     ServedAdapter,
     chat_sampling,
@@ -22,7 +21,8 @@ from loractl.server.generation import (
 )
 from loractl.server.http_input import read_body
 from loractl.server.openai_errors import decode_body
-from loractl.server.openai_wire import MAX_CHOICES, ChatRequest, Common, CompletionRequest, num_chars
+from loractl.server.openai_wire import ChatRequest, Common, CompletionRequest, num_chars
+from loractl.server.prompt_input import read_prompts
 from loractl.server.replies import ChatWriter, Frame, TextWriter, Writer, streamed_answer, whole_answer
 from loractl.server.serving import Serving
 from loractl.server.stream import ClientGone, EventStream, SlowReader, unless_gone
@@ -76,7 +76,7 @@ class _Generation:
         self._check(body)
         plan = plan_tools(body, serving.prompts.tokenizer)
         serving.check_length(sum(num_chars(message) for message in body.messages), field="messages")
-        with self._counted():
+        with counted(serving, self._key):
             adapters = await serving.adapters_of(body, self._key)
             prompt = await serving.prompts.from_chat(
                 body.messages,
@@ -96,9 +96,9 @@ class _Generation:
         self._key = await serving.access.check(self._request.headers.get("authorization"))
         body = decode_body(await read_body(self._request, serving.settings), CompletionRequest)
         self._check(body)
-        with self._counted():
+        with counted(serving, self._key):
             adapters = await serving.adapters_of(body, self._key)
-            prompts = await self._prompts(body)
+            prompts = await read_prompts(serving, body.prompt, field="prompt", num_choices=body.n or 1)
             longest = max(len(prompt) for prompt in prompts)
             sampling = completion_sampling(body, num_prompt_tokens=longest, limits=serving.limits)
             asked = self._asked(body, sampling, adapters)
@@ -113,28 +113,6 @@ class _Generation:
         refuse_unsupported(body)
         if body.stream_options is not None and not body.stream:
             raise BadRequest("stream_options needs stream", hint="set stream to true", field="stream_options")
-
-    async def _prompts(self, body: CompletionRequest) -> list[tuple[int, ...]]:
-        """Tokenize a text, several texts, token ids, or several lists of them."""
-        prompts = self._serving.prompts
-        given: list[Any] = [body.prompt] if isinstance(body.prompt, str) else list(body.prompt)
-        if given and all(isinstance(item, int) for item in given):
-            given = [given]
-        if not given or any(item in ("", []) for item in given):
-            raise BadRequest("the prompt is empty", field="prompt")
-        if len(given) * (body.n or 1) > MAX_PROMPTS * MAX_CHOICES or len(given) > MAX_PROMPTS:
-            raise BadRequest(f"at most {MAX_PROMPTS} prompts in one request", field="prompt")
-        tokenized: list[tuple[int, ...]] = []
-        for item in given:
-            if isinstance(item, str):
-                self._serving.check_length(len(item), field="prompt")
-                tokenized.append(await prompts.from_text(item))
-            elif isinstance(item, list):
-                prompts.check_ids(item, field="prompt")
-                tokenized.append(tuple(item))
-            else:
-                raise BadRequest("prompt mixes texts and token ids", field="prompt")
-        return tokenized
 
     def _asked(self, body: Common, sampling: Any, adapters: tuple[ServedAdapter, ...]) -> Asked:
         return Asked(
@@ -182,7 +160,7 @@ class _Generation:
             trace.asked(body.model, adapters=[each.found.digest for each in asked.adapters])
         submits = asked.submits(prompts, ids)
         watch = serving.open(submits, adapters=asked.adapters, is_stream=bool(body.stream), trace=trace)
-        headers = _served(asked.adapters)
+        headers = served_headers(asked.adapters)
         try:
             if not body.stream:
                 content = await unless_gone(receive, whole_answer(watch, frame, writer))
@@ -221,20 +199,21 @@ class _Generation:
         self._serving.metrics.disconnects.labels(watch.stage).inc()
         self._serving.bridge.cancel(watch.ticket)
 
-    @contextlib.contextmanager
-    def _counted(self) -> Any:
-        serving = self._serving
-        serving.num_requests += 1
-        try:
-            with serving.quotas.admit(self._key):
-                yield
-        except LoractlError as error:
-            if isinstance(error, UsageError) and error.code == "BAD_REQUEST":
-                raise
-            serving.metrics.rejected.labels(_REASONS.get(error.code, error.code.lower())).inc()
+
+@contextlib.contextmanager
+def counted(serving: Serving, key: Key) -> Iterator[None]:
+    """Book one request against its key while the context is open, and count it when it is refused."""
+    serving.num_requests += 1
+    try:
+        with serving.quotas.admit(key):
+            yield
+    except LoractlError as error:
+        if isinstance(error, UsageError) and error.code == "BAD_REQUEST":
             raise
-        finally:
-            serving.num_requests -= 1
+        serving.metrics.rejected.labels(_REASONS.get(error.code, error.code.lower())).inc()
+        raise
+    finally:
+        serving.num_requests -= 1
 
 
 async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -243,7 +222,7 @@ async def _chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[by
         yield chunk
 
 
-def _served(adapters: Sequence[ServedAdapter]) -> dict[str, str]:
+def served_headers(adapters: Sequence[ServedAdapter]) -> dict[str, str]:
     """Whose answer it is: the digests, and the hub's versions where there are any."""
     headers = {"x-loractl-adapter": "+".join(each.found.digest for each in adapters) or "base"}
     versions = [each.found.version or "-" for each in adapters]

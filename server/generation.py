@@ -92,7 +92,7 @@ class Limits:
     vocab_size: int = field(default=1 << 31)
 
 
-def refuse_unsupported(request: Common) -> None:
+def refuse_unsupported(request: msgspec.Struct) -> None:
     """Raise BadRequest for a field that OpenAI knows and this server does not serve."""
     for name in UNSUPPORTED_FIELDS:
         value = getattr(request, name, None)

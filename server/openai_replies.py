@@ -126,6 +126,25 @@ class TextReply(msgspec.Struct, kw_only=True):
     system_fingerprint: str | None = None
 
 
+class EmbeddingUsage(msgspec.Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingItem(msgspec.Struct, kw_only=True):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+    """Numbers, or base64 of them as little-endian float32."""
+
+
+class EmbeddingReply(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[EmbeddingItem]
+    model: str
+    usage: EmbeddingUsage
+
+
 class ModelCard(msgspec.Struct, kw_only=True):
     """One line of `/v1/models`: the base, or an adapter with the base as its parent."""
 

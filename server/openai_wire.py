@@ -209,7 +209,20 @@ UNSUPPORTED_FIELDS: tuple[str, ...] = (
     "web_search_options",
     "best_of",
     "suffix",
+    "dimensions",
 )
+
+
+class EmbeddingRequest(Closed):
+    """POST /v1/embeddings."""
+
+    model: Name
+    input: str | list[str | int | list[TokenId]]
+    """A text, token ids, or a list of either; checked further where it is tokenized."""
+    adapters: Annotated[list[AdapterWeight], Meta(min_length=1, max_length=8)] | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    user: Label | None = None
+    dimensions: msgspec.Raw | None = None
 
 
 class TokenizeRequest(Closed):

@@ -14,7 +14,7 @@ from loractl.server.fetch import AdapterSource, Found
 from loractl.server.generation import Caller, Limits, ServedAdapter
 from loractl.server.hub_events import HubEvents
 from loractl.server.metrics import ServerMetrics, Snapshot
-from loractl.server.openai_wire import Common
+from loractl.server.openai_wire import Common, EmbeddingRequest
 from loractl.server.prompts import Prompts
 from loractl.server.quota import Quotas
 from loractl.server.tracing import RequestTrace, Tracing
@@ -101,7 +101,7 @@ class Serving:
             raise RepoNotFound(f"no adapter {name[:200]} in the hub", field="model")
         return await self.source.find(name, caller=caller)
 
-    async def adapters_of(self, request: Common, key: Key) -> tuple[ServedAdapter, ...]:
+    async def adapters_of(self, request: Common | EmbeddingRequest, key: Key) -> tuple[ServedAdapter, ...]:
         """The adapters that a request names, on the local disk, and on their way to the device."""
         # A caller is a key, or one of the people that a key tells apart; canaries stay with each.
         caller = f"{key.tenant}\0{request.user or ''}"

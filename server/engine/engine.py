@@ -212,8 +212,9 @@ class Engine:
             )
             for sequence, num_tokens in chosen
         ]
+        wants_hidden = any(sequence.submit.wants_embedding for sequence, _ in chosen)
         try:
-            logits = self._runner.run(parts)
+            logits, hidden = self._runner.run_with_hidden(parts) if wants_hidden else (self._runner.run(parts), None)
         except (RuntimeError, MemoryError) as error:
             self._totals["contained"] += len(chosen)
             failure = EngineFailure(
@@ -234,7 +235,9 @@ class Engine:
                     num_top=sequence.submit.sampling.num_prompt_logprobs or 0,
                 )
             self._scheduler.computed(sequence, num_tokens)
-            if sequence.num_pending == 0:
+            if sequence.num_pending == 0 and hidden is not None and sequence.submit.wants_embedding:
+                events.append(self._embed(sequence, hidden[row - 1]))
+            elif sequence.num_pending == 0:
                 events += self._advance(sequence, mine[-1], likeliest=likeliest[row - 1], is_finite=finite[row - 1])
         return events
 
@@ -242,8 +245,7 @@ class Engine:
         """Choose a sequence's next token, show its text, and end it where it must end."""
         if not is_finite:
             self._totals["contained"] += 1
-            failure = EngineFailure("the model's output is not finite with this adapter and prompt")
-            return [self._end(sequence, Failed(id=sequence.id, error=failure))]
+            return [self._end(sequence, Failed(id=sequence.id, error=_not_finite()))]
         sampling = sequence.submit.sampling
         choice = self._samplers[sequence.id].choose(logits, sequence.tokens[sequence.num_prompt :], likeliest=likeliest)
         now = time.monotonic()
@@ -272,8 +274,23 @@ class Engine:
             events.append(self._finish(sequence, "length"))
         return events
 
+    def _embed(self, sequence: Sequence, hidden: Tensor) -> Event:
+        """End a sequence with what its last token came to."""
+        wide = hidden.float()
+        unit = wide / wide.norm()
+        if not bool(unit.isfinite().all()):
+            self._totals["contained"] += 1
+            return self._end(sequence, Failed(id=sequence.id, error=_not_finite()))
+        return self._finish(sequence, "stop", embedding=tuple(unit.tolist()))
+
     def _finish(
-        self, sequence: Sequence, reason: FinishReason, *, stop_reason: str | int | None = None, tail: bool = True
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        stop_reason: str | int | None = None,
+        tail: bool = True,
+        embedding: tuple[float, ...] | None = None,
     ) -> Event:
         return self._end(
             sequence,
@@ -286,6 +303,7 @@ class Engine:
                 num_cached_tokens=sequence.num_cached,
                 num_output_tokens=sequence.num_outputs,
                 prompt_logprobs=sequence.shown_prompt_logprobs,
+                embedding=embedding,
                 timing=sequence.timing(time.monotonic()),
             ),
         )
@@ -349,6 +367,10 @@ class Engine:
                 max_distinct_adapters_in_step=self._totals["most_adapters"],
             ),
         )
+
+
+def _not_finite() -> EngineFailure:
+    return EngineFailure("the model's output is not finite with this adapter and prompt")
 
 
 def _num_logits(sequence: Sequence, num_tokens: int) -> int:

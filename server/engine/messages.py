@@ -81,6 +81,8 @@ class Submit:
     """Higher runs sooner."""
     deadline_s: float | None = None
     """On `time.monotonic()`'s clock; a request that would start after it fails at once."""
+    wants_embedding: bool = False
+    """Read the prompt and give its embedding; nothing is generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +137,8 @@ class Finished:
     num_output_tokens: int = 0
     prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
     """Per prompt position after the first: the actual token first, then the most likely ones."""
+    embedding: tuple[float, ...] | None = None
+    """The last token's hidden state before the head, of length 1; for a request that wants it."""
     timing: Timing = Timing()
 
 

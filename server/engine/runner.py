@@ -96,6 +96,17 @@ class Runner:
         logits: Tensor = self._model(**inputs, logits_to_keep=torch.tensor(rows, device=self.device)).logits[0]
         return logits
 
+    def run_with_hidden(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """As `run`, with what the head read: hidden states [rows that want logits, hidden size]."""
+        read: list[Tensor] = []
+        head = self._model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            logits = self.run(parts)
+        finally:
+            hook.remove()
+        return logits, read[0].reshape(-1, read[0].shape[-1]) if read else logits
+
     def _replace_layers(self) -> tuple[ServedLayers, dict[str, SideSite]]:
         model = self._model
         linear = _packed_layers(model, step=self._lora, dtype=self.dtype, int8_head=self._int8_head)

@@ -88,7 +88,7 @@ class Sequence:
         first = self.first_token_at if self.first_token_at is not None else now
         ready = self.adapter_ready_at if self.adapter_ready_at is not None else self.arrived_at
         return Timing(
-            queued_s=started - self.arrived_at,
+            queued_s=max(0.0, started - self.arrived_at),
             adapter_wait_s=max(0.0, min(ready, started) - self.arrived_at),
             prefill_s=max(0.0, first - started),
             decode_s=max(0.0, now - first),

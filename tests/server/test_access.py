@@ -14,6 +14,7 @@ USER, ADMIN = "user-key-0123456789", "admin-key-0123456789"
 PROTECTED = [
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/embeddings"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/tiny"),
     ("POST", "/tokenize"),

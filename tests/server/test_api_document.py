@@ -22,6 +22,7 @@ from loractl.server.openai_errors import decode_body
 _EXAMPLES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
     "/v1/completions": {"model": "tiny", "prompt": "hi", "max_tokens": 2},
+    "/v1/embeddings": {"model": "tiny", "input": "hi"},
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [1]},
     "/admin/adapters/load": {"name": "cats"},

@@ -206,6 +206,26 @@ async def _(api: Api) -> None:
     assert longer.usage.prompt_tokens > (await api.chat()).usage.prompt_tokens
 
 
+@feature(
+    "Embeddings", "the last token's hidden state, with the adapter, of length 1; as numbers or base64, many in a batch"
+)
+async def _(api: Api) -> None:
+    asked: dict[str, Any] = {"input": ["the quick brown fox", "a lazy dog"], "encoding_format": "float"}
+    numbers = await api.openai.embeddings.create(model="a1", **asked)
+    coded = await api.openai.embeddings.create(model="a1", input=asked["input"])  # the client asks for base64
+    base = await api.openai.embeddings.create(model="tools", **asked)
+    for one, same, other in zip(numbers.data, coded.data, base.data, strict=True):
+        assert one.embedding == pytest.approx(same.embedding, abs=1e-6)
+        assert one.embedding != pytest.approx(other.embedding, abs=1e-3)
+        assert sum(value * value for value in one.embedding) == pytest.approx(1, abs=1e-3)
+    assert [one.index for one in numbers.data] == [0, 1]
+    counted = [(await api.http.post("/tokenize", json={"prompt": text})).json()["count"] for text in asked["input"]]
+    assert numbers.usage.prompt_tokens == sum(counted)
+    with pytest.raises(openai.BadRequestError) as wrong:
+        await api.openai.embeddings.create(model="a1", dimensions=3, **asked)
+    assert wrong.value.param == "dimensions"
+
+
 @feature("`/v1/models`", "the base and the adapters that this key may use, with `parent`, `root` and digest")
 async def _(api: Api) -> None:
     models = {model.id: model for model in (await api.openai.models.list()).data}
@@ -253,7 +273,7 @@ def table() -> str:
 
 
 def test_readme_shows_the_features_that_are_proved() -> None:
-    assert table() in README.read_text(), "run: python tests/server/test_openai_features.py"
+    assert table() in README.read_text(), "run: PYTHONPATH=tests/support python tests/server/test_openai_features.py"
 
 
 @pytest.fixture(scope="module")

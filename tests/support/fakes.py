@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loractl.adapters.errors import BadRequest, NotFound, Overloaded
@@ -133,6 +133,9 @@ class FakeEngine:
         return prompt
 
     def _advance(self, row: _Row) -> list[Event]:
+        if row.submit.wants_embedding:
+            del self._rows[row.submit.id]
+            return [replace(self._finish(row, "stop"), embedding=(0.6, 0.0, -0.8))]
         sampling, answer = row.submit.sampling, self._answer(row)
         token_id = answer[len(row.produced) % len(answer)]
         row.produced.append(token_id)
