@@ -4,6 +4,7 @@ Attention reaches the paged cache through `AttentionInterface` and an object on 
 are replaced by ones that add each row's adapters.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,7 +147,7 @@ class Runner:
         layers = getattr(self._model.base_model, "layers", None)
         if rotary is None or layers is None or self.device.type != "cpu":
             return 0
-        plans, num_fused = StepPlans(), 0
+        plans, made = StepPlans(), list[FusedLayer]()
         generator = torch.Generator().manual_seed(0)
         for layer in layers:
             layer.__dict__.pop("forward", None)  # an earlier engine's
@@ -163,10 +164,12 @@ class Runner:
             fused = FusedLayer(layer, options, lora=self._lora, plans=plans)
             if agrees(layer, fused, position_embeddings=positions, hidden=hidden):
                 layer.forward = fused
-                num_fused += 1
+                made.append(fused)
             cache.k[0], cache.v[0] = 0, 0
         self._lora.paged = None
-        return num_fused
+        for fused, following in itertools.pairwise(made):
+            fused.precede(following)
+        return len(made)
 
 
 def _packed_layers(model: Any, *, step: LoraStep, dtype: torch.dtype, int8_head: bool) -> dict[str, PackedLinear]:

@@ -67,6 +67,7 @@ class FusedLayer:
         self._sites: list[LoraSite | None] = [None] * len(self._linears)
         self._structs = [linear.packed.struct for linear in self._linears if linear.packed is not None]
         self._kept = (options, layer)  # what the struct points into
+        self._following: FusedLayer | None = None
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self.dtype = options.k.dtype
@@ -95,6 +96,11 @@ class FusedLayer:
             mlp_norm_eps=_eps(norms[1]),
             head_norm_eps=0.0 if norms[2] is None else _eps(norms[2]),
         )
+
+    def precede(self, following: "FusedLayer") -> None:
+        """Fetch the adapters of the layer that runs next while this one computes."""
+        self._following = following
+        self._struct.next = ctypes.addressof(following._struct)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         paged, lora = self._lora.paged, self._lora.batch

@@ -12,6 +12,7 @@ struct Layer {  // norm, q k v, rotary positions, attention, o, residual, norm, 
   void *k_cache, *v_cache;
   Heads heads;
   float norm_eps, mlp_norm_eps, head_norm_eps;
+  const Layer* next;  // whose adapters are fetched ahead, or null
 };
 
 }  // extern "C"
@@ -59,35 +60,61 @@ struct Cutter {
   }
 };
 
+// Most ranks of a pair at any of these layers, padded for shrink.
+inline int64_t rank_width(const Batch& batch, int64_t num_pairs, std::initializer_list<const Linear*> layers) {
+  int most = 0;
+  for (const Linear* layer : layers)
+    for (int64_t pair = 0; layer->num_sites > 0 && pair < num_pairs; ++pair) most = std::max(most, layer->sites[0].ranks[batch.slots[pair]]);
+  return (most + 15) / 16 * 16 + 16;
+}
+
 template <class T>
 void linear(const Linear& layer, const Batch* batch, const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t rows,
             int gated, int threads) {
   static thread_local Scratch scratch;
   const Tiling tiling(rows);
   const int64_t stride = wide_size(layer.d_in), groups = (layer.d_in + 3) / 4;
-  if (layer.num_sites == 0) batch = nullptr;
+  Adapters<T> adapters;
+  if (batch && layer.num_sites > 0) {
+    adapters.batch = batch;
+    adapters.num_pairs = batch->firsts[rows];
+    adapters.width = rank_width(*batch, adapters.num_pairs, {&layer});
+  }
   Cutter cutter;
   const size_t at_codes = cutter.cut(tiling.tiles * groups * kTile * 4), at_scales = cutter.cut(rows * 4);
   const size_t at_wide = cutter.cut(threads * stride * 4), at_narrow = cutter.cut(threads * kGroup * stride * sizeof(T));
-  const size_t at_flags = cutter.cut(rows), at_delta = cutter.cut(batch ? rows * layer.d_out * 4 : 0);
+  const size_t at_flags = cutter.cut(rows), at_sums = cutter.cut(adapters.batch ? rows * layer.d_out * 4 : 0);
+  const size_t at_hidden = cutter.cut(adapters.num_pairs * adapters.width * sizeof(Hidden<T>));
+  const size_t at_shares = cutter.cut(2 * Shares::bytes(threads)), run_bytes = adapters.num_pairs * sizeof(Stream::Run);
+  const size_t at_runs = cutter.cut(threads * run_bytes);
   char* base = scratch.get(cutter.at);
   uint32_t* codes = reinterpret_cast<uint32_t*>(base + at_codes);
   float* scales = reinterpret_cast<float*>(base + at_scales);
   Part<T> part{&layer, out, out_stride};
-  if (batch) {
-    part.delta = reinterpret_cast<float*>(base + at_delta);
-    part.delta_stride = layer.d_out;
+  if (adapters.batch) {
+    part.sums = reinterpret_cast<float*>(base + at_sums);
+    part.sums_stride = layer.d_out;
     part.flags = reinterpret_cast<uint8_t*>(base + at_flags);
+    adapters.hidden = reinterpret_cast<Hidden<T>*>(base + at_hidden);
   }
-  std::atomic<int64_t> next_row{0}, next_unit{0};
+  const Shares shares(base + at_shares, threads), shares_after(base + at_shares + Shares::bytes(threads), threads);
+  std::atomic<int64_t> next_unit{0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int me = omp_get_thread_num();
     const auto produce = [&](int64_t row, float* wide) { widen_row(x + row * x_stride, layer.d_in, gated, wide); };
-    prepare_rows<T>(&part, 1, batch, tiling, produce, codes, scales, reinterpret_cast<float*>(base + at_wide) + me * stride,
-                    reinterpret_cast<T*>(base + at_narrow) + me * kGroup * stride, stride, next_row, threads);
+    for_groups(adapters.batch, rows, shares, me, [&](const Group& group) {
+      prepare_group<T>(&part, 1, adapters, tiling, group, produce, codes, scales, reinterpret_cast<float*>(base + at_wide) + me * stride,
+                       reinterpret_cast<T*>(base + at_narrow) + me * kGroup * stride, stride);
+    });
 #pragma omp barrier
-    multiply<T>(&part, 1, codes, scales, tiling, next_unit, threads);
+    Stream stream{reinterpret_cast<Stream::Run*>(base + at_runs + me * run_bytes)};
+    fetch_ahead<T>(stream, adapters.batch, rows, &part, 1, nullptr, 0, me, threads);
+    multiply<T>(&part, 1, codes, scales, tiling, next_unit, stream, threads);
+    if (adapters.batch) {
+#pragma omp barrier
+      for_groups(adapters.batch, rows, shares_after, me, [&](const Group& group) { expand_group<T>(&part, 1, adapters, group); });
+    }
   }
 }
 
@@ -107,105 +134,141 @@ inline void rotate_head(T* head, const T* cos, const T* sin, int64_t rotary) {
   }
 }
 
-// Turn q and k of each row in place, and write k and v to their places.
+// Turn a row's q and k in place, and write k and v to their places.
 template <class T>
-void place_rows(const Layer& layer, const Paged& paged, T* qkv, int64_t width, const T* cos, const T* sin, int64_t rotary,
-                std::atomic<int64_t>& next, float* wide) {
+void place_row(const Layer& layer, const Paged& paged, T* of_row, int64_t row, const T* cos, const T* sin, int64_t rotary, float* wide) {
   const Heads& heads = layer.heads;
   const int64_t dim = heads.dim, kv = heads.kv_heads * dim;
   T *k_cache = static_cast<T*>(layer.k_cache), *v_cache = static_cast<T*>(layer.v_cache);
-  for (int64_t first; (first = next.fetch_add(8)) < paged.num_rows;)
-    for (int64_t row = first; row < std::min<int64_t>(first + 8, paged.num_rows); ++row) {
-      T* of_row = qkv + row * width;
-      for (int64_t h = 0; h < heads.heads + heads.kv_heads; ++h) {
-        const T* norm = static_cast<const T*>(h < heads.heads ? layer.q_norm : layer.k_norm);
-        T* head = of_row + h * dim;
-        if (norm) {
-          norm_row(head, norm, layer.head_norm_eps, dim, wide);
-          for (int64_t i = 0; i < dim; i += 16) store16(head + i, _mm512_loadu_ps(wide + i), tail_mask(dim - i));
-        }
-        rotate_head(head, cos + row * rotary, sin + row * rotary, rotary);
-      }
-      std::memcpy(k_cache + paged.places[row] * kv, of_row + heads.heads * dim, kv * sizeof(T));
-      std::memcpy(v_cache + paged.places[row] * kv, of_row + heads.heads * dim + kv, kv * sizeof(T));
+  for (int64_t h = 0; h < heads.heads + heads.kv_heads; ++h) {
+    const T* norm = static_cast<const T*>(h < heads.heads ? layer.q_norm : layer.k_norm);
+    T* head = of_row + h * dim;
+    if (norm) {
+      norm_row(head, norm, layer.head_norm_eps, dim, wide);
+      for (int64_t i = 0; i < dim; i += 16) store16(head + i, _mm512_loadu_ps(wide + i), tail_mask(dim - i));
     }
+    rotate_head(head, cos + row * rotary, sin + row * rotary, rotary);
+  }
+  std::memcpy(k_cache + paged.places[row] * kv, of_row + heads.heads * dim, kv * sizeof(T));
+  std::memcpy(v_cache + paged.places[row] * kv, of_row + heads.heads * dim + kv, kv * sizeof(T));
 }
 
 template <class T>
 void run_layer(const Layer& layer, const Paged& paged, const Batch* batch, const T* cos, const T* sin, int64_t rotary,
                const T* hidden, T* out, int threads) {
   static thread_local Scratch scratch;
+  constexpr int kPhases = 6, kProducts = 4;
   const int64_t rows = paged.num_rows, d = layer.q->d_in, inner = layer.down->d_in;
   const int64_t q_width = layer.q->d_out, width = q_width + layer.k->d_out + layer.v->d_out;
   const int64_t most_in = std::max({d, inner, q_width}), stride = wide_size(most_in), groups = (most_in + 3) / 4;
   const int64_t most_out = std::max({width, 2 * inner, d});
   const Tiling tiling(rows);
+  Adapters<T> adapters{batch};
+  if (batch) {
+    adapters.num_pairs = batch->firsts[rows];
+    adapters.width = rank_width(*batch, adapters.num_pairs, {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down});
+  }
   Cutter cutter;
   const size_t at_codes = cutter.cut(tiling.tiles * groups * kTile * 4), at_scales = cutter.cut(rows * 4);
   const size_t at_wide = cutter.cut(threads * stride * 4), at_narrow = cutter.cut(threads * kGroup * stride * sizeof(T));
-  const size_t at_flags = cutter.cut(rows * 3), at_delta = cutter.cut(batch ? rows * most_out * 4 : 0);
+  const size_t at_flags = cutter.cut(rows * 7), at_sums = cutter.cut(batch ? rows * most_out * 4 : 0);
   const size_t at_qkv = cutter.cut(rows * width * sizeof(T)), at_mixed = cutter.cut(rows * q_width * sizeof(T));
   const size_t at_inner = cutter.cut(rows * 2 * inner * sizeof(T)), at_tiles = cutter.cut((rows + 1) * 16);
+  const size_t at_hidden = cutter.cut(3 * adapters.num_pairs * adapters.width * sizeof(Hidden<T>));
+  const size_t at_shares = cutter.cut(kPhases * Shares::bytes(threads)), run_bytes = 5 * adapters.num_pairs * sizeof(Stream::Run);
+  const size_t at_runs = cutter.cut(threads * run_bytes);
   char* base = scratch.get(cutter.at);
   uint32_t* codes = reinterpret_cast<uint32_t*>(base + at_codes);
-  float *scales = reinterpret_cast<float*>(base + at_scales), *delta = reinterpret_cast<float*>(base + at_delta);
+  float *scales = reinterpret_cast<float*>(base + at_scales), *sums = reinterpret_cast<float*>(base + at_sums);
   uint8_t* flags = reinterpret_cast<uint8_t*>(base + at_flags);
   T *qkv = reinterpret_cast<T*>(base + at_qkv), *mixed = reinterpret_cast<T*>(base + at_mixed);
   T* gate_up = reinterpret_cast<T*>(base + at_inner);
   int64_t* tiles = reinterpret_cast<int64_t*>(base + at_tiles);
+  adapters.hidden = reinterpret_cast<Hidden<T>*>(base + at_hidden);
   const int64_t num_tiles = plan_tiles(paged, layer.heads, tiles);
 
-  // `batch` for the parts that some adapter of the step reaches
+  // The parts of a product wait for their adapters side by side, when some adapter of the step reaches one of them.
   const auto wire = [&](Part<T>* parts, int count) {
-    bool reached = false;
+    Adapters<T> reaching = adapters;
+    reaching.batch = nullptr;
     int64_t column = 0, sum = 0;
     for (int p = 0; p < count; ++p) {
-      reached |= batch && parts[p].layer->num_sites > 0;
+      if (batch && parts[p].layer->num_sites > 0) reaching.batch = batch;
       sum += parts[p].layer->d_out;
     }
-    for (int p = 0; reached && p < count; ++p) {
-      parts[p].delta = delta + column;
-      parts[p].delta_stride = sum;
-      parts[p].flags = flags + p * rows;
+    for (int p = 0; reaching.batch && p < count; ++p) {
+      parts[p].sums = sums + column;
+      parts[p].sums_stride = sum;
+      parts[p].flags = flags;
+      flags += rows;
       column += parts[p].layer->d_out;
     }
-    return reached ? batch : nullptr;
+    return reaching;
   };
   Part<T> in[3] = {{layer.q, qkv, width}, {layer.k, qkv + q_width, width}, {layer.v, qkv + q_width + layer.k->d_out, width}};
   Part<T> back[1] = {{layer.o, out, d, hidden, d}};
   Part<T> wide_in[2] = {{layer.gate, gate_up, 2 * inner}, {layer.up, gate_up + inner, 2 * inner}};
   Part<T> down[1] = {{layer.down, out, d, out, d}};
-  const Batch *in_batch = wire(in, 3), *back_batch = wire(back, 1), *wide_batch = wire(wide_in, 2), *down_batch = wire(down, 1);
+  const Adapters<T> of_in = wire(in, 3), of_back = wire(back, 1), of_wide = wire(wide_in, 2), of_down = wire(down, 1);
   Heads heads = layer.heads;
   heads.q_row = width;
   heads.q_head = heads.dim;
-  std::atomic<int64_t> next[10] = {};
+  std::atomic<int64_t> next[kProducts + 1] = {};
+  for (int phase = 0; phase < kPhases; ++phase) Shares(base + at_shares + phase * Shares::bytes(threads), threads);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int me = omp_get_thread_num();
     float* wide = reinterpret_cast<float*>(base + at_wide) + me * stride;
     T* narrow = reinterpret_cast<T*>(base + at_narrow) + me * kGroup * stride;
-    const auto stage = [&](const Part<T>* parts, int count, const Batch* adapters, const auto& produce, int counter) {
-      prepare_rows<T>(parts, count, adapters, tiling, produce, codes, scales, wide, narrow, wide_size(parts[0].layer->d_in),
-                      next[counter], threads);
-#pragma omp barrier
-      multiply<T>(parts, count, codes, scales, tiling, next[counter + 1], threads);
+    const auto phase = [&](int number, const auto& visit) {
+      Shares shares = Shares::over(base + at_shares + number * Shares::bytes(threads), threads);
+      for_groups(batch, rows, shares, me, visit);
 #pragma omp barrier
     };
-    stage(in, 3, in_batch, [&](int64_t row, float* to) {
-      norm_row(hidden + row * d, static_cast<const T*>(layer.norm), layer.norm_eps, d, to);
-    }, 0);
-    place_rows<T>(layer, paged, qkv, width, cos, sin, rotary, next[2], wide);
+    const auto prepare = [&](const Part<T>* parts, int count, const Adapters<T>& of, const Group& group, const auto& produce) {
+      prepare_group<T>(parts, count, of, tiling, group, produce, codes, scales, wide, narrow, wide_size(parts[0].layer->d_in));
+    };
+    const auto product = [&](const Part<T>* parts, int count, int counter, std::initializer_list<const Linear*> then) {
+      Stream stream{reinterpret_cast<Stream::Run*>(base + at_runs + me * run_bytes)};
+      fetch_ahead<T>(stream, batch, rows, parts, count, then.begin(), (int)then.size(), me, threads);
+      multiply<T>(parts, count, codes, scales, tiling, next[counter], stream, threads);
 #pragma omp barrier
+    };
+    phase(0, [&](const Group& group) {
+      prepare(in, 3, of_in, group, [&](int64_t row, float* to) {
+        norm_row(hidden + row * d, static_cast<const T*>(layer.norm), layer.norm_eps, d, to);
+      });
+    });
+    product(in, 3, 0, {layer.o});
+    phase(1, [&](const Group& group) {
+      if (of_in.batch) expand_group<T>(in, 3, of_in, group);
+      for (int n = 0; n < group.count; ++n)
+        place_row<T>(layer, paged, qkv + group.rows[n] * width, group.rows[n], cos, sin, rotary, wide);
+    });
     attend_tiles<T>(paged, heads, qkv, static_cast<const T*>(layer.k_cache), static_cast<const T*>(layer.v_cache), mixed, tiles,
-                    num_tiles, next[3], threads);
+                    num_tiles, next[kProducts], threads);
 #pragma omp barrier
-    stage(back, 1, back_batch, [&](int64_t row, float* to) { widen_row(mixed + row * q_width, q_width, 0, to); }, 4);
-    stage(wide_in, 2, wide_batch, [&](int64_t row, float* to) {
-      norm_row(out + row * d, static_cast<const T*>(layer.mlp_norm), layer.mlp_norm_eps, d, to);
-    }, 6);
-    stage(down, 1, down_batch, [&](int64_t row, float* to) { widen_row(gate_up + row * 2 * inner, inner, 1, to); }, 8);
+    phase(2, [&](const Group& group) {
+      prepare(back, 1, of_back, group, [&](int64_t row, float* to) { widen_row(mixed + row * q_width, q_width, 0, to); });
+    });
+    product(back, 1, 1, {layer.gate, layer.up});
+    phase(3, [&](const Group& group) {
+      if (of_back.batch) expand_group<T>(back, 1, of_back, group);
+      prepare(wide_in, 2, of_wide, group, [&](int64_t row, float* to) {
+        norm_row(out + row * d, static_cast<const T*>(layer.mlp_norm), layer.mlp_norm_eps, d, to);
+      });
+    });
+    product(wide_in, 2, 2, {layer.down});
+    phase(4, [&](const Group& group) {
+      if (of_wide.batch) expand_group<T>(wide_in, 2, of_wide, group);
+      prepare(down, 1, of_down, group, [&](int64_t row, float* to) { widen_row(gate_up + row * 2 * inner, inner, 1, to); });
+    });
+    if (layer.next) product(down, 1, 3, {layer.next->q, layer.next->k, layer.next->v});
+    else product(down, 1, 3, {});
+    if (of_down.batch) {
+      phase(5, [&](const Group& group) { expand_group<T>(down, 1, of_down, group); });
+    }
   }
 }
 

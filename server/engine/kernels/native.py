@@ -85,6 +85,7 @@ class LayerStruct(ctypes.Structure):
         *((name, c_void_p) for name in ("norm", "mlp_norm", "q_norm", "k_norm", "k_cache", "v_cache")),
         ("heads", HeadsStruct),
         *((name, c_float) for name in ("norm_eps", "mlp_norm_eps", "head_norm_eps")),
+        ("next", c_void_p),
     )
 
 

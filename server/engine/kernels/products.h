@@ -1,6 +1,6 @@
 // The int8 product of rows quantized once with the weights that read them. Knows panels and tiles, no adapters' arithmetic.
 #pragma once
-#include "vectors.h"
+#include "streams.h"
 
 extern "C" {
 
@@ -83,9 +83,15 @@ struct Part {
   int64_t out_stride;
   const T* residual = nullptr;  // added to what the layer hands on, or null
   int64_t residual_stride = 0;
-  float* delta = nullptr;  // the adapters' part [rows, delta_stride], for rows whose flag is set
-  int64_t delta_stride = 0;
+  float* sums = nullptr;  // [rows, sums_stride]: where rows whose flag is set wait for their adapters' part
+  int64_t sums_stride = 0;
   uint8_t* flags = nullptr;
+
+  // Hand on 16 outputs of a row.
+  inline void put(int64_t row, int64_t n, __m512 v, __mmask16 mask) const {
+    if (residual) v = _mm512_add_ps(as_stored(v, out), load16(residual + row * residual_stride + n, mask));
+    store16(out + row * out_stride + n, v, mask);
+  }
 };
 
 // Rows cut into tiles of one height, so that no tile is nearly empty.
@@ -97,13 +103,14 @@ struct Tiling {
 
 template <int MR, class T>
 void tile(const uint32_t* x, const int8_t* w, int64_t groups, const Part<T>& to, const float* row_scales, int64_t row,
-          int64_t first, const char* ahead) {
+          int64_t first, const char* ahead, Stream& stream) {
   const Linear& layer = *to.layer;
   __m512i c[MR][2];
   const __m512i zero0 = _mm512_loadu_si512(layer.offsets + first), zero1 = _mm512_loadu_si512(layer.offsets + first + 16);
 #pragma GCC unroll 12
   for (int m = 0; m < MR; ++m) c[m][0] = zero0, c[m][1] = zero1;
-  for (int64_t g = 0; g < groups; ++g) {
+  stream.refill();
+  const auto advance = [&] {
     const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
     w += 128;
     _mm_prefetch(ahead, _MM_HINT_T0);
@@ -115,7 +122,13 @@ void tile(const uint32_t* x, const int8_t* w, int64_t groups, const Part<T>& to,
       c[m][1] = _mm512_dpbusd_epi32(c[m][1], v, w1);
     }
     x += kTile;
+  };
+  int64_t g = 0;
+  for (int64_t end = stream.steps(groups); g < end; ++g) {
+    stream.fetch();
+    advance();
   }
+  for (; g < groups; ++g) advance();
   const int64_t left = layer.d_out - first;
 #pragma GCC unroll 12
   for (int m = 0; m < MR; ++m) {
@@ -126,36 +139,35 @@ void tile(const uint32_t* x, const int8_t* w, int64_t groups, const Part<T>& to,
       const __mmask16 mask = tail_mask(left - half * 16);
       __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(c[m][half]), _mm512_mul_ps(row_scale, _mm512_loadu_ps(layer.scales + n)));
       if (layer.bias) v = _mm512_add_ps(v, _mm512_loadu_ps(layer.bias + n));
-      if (to.flags && to.flags[row + m]) v = _mm512_add_ps(v, load16(to.delta + (row + m) * to.delta_stride + n, mask));
-      if (to.residual) v = _mm512_add_ps(as_stored(v, to.out), load16(to.residual + (row + m) * to.residual_stride + n, mask));
-      store16(to.out + (row + m) * to.out_stride + n, v, mask);
+      if (to.flags && to.flags[row + m]) store16(to.sums + (row + m) * to.sums_stride + n, v, mask);
+      else to.put(row + m, n, v, mask);
     }
   }
 }
 
 template <class T>
 void any_tile(int rows, const uint32_t* x, const int8_t* w, int64_t groups, const Part<T>& to, const float* row_scales,
-              int64_t row, int64_t first, const char* ahead) {
+              int64_t row, int64_t first, const char* ahead, Stream& stream) {
   switch (rows) {
-    case 1: return tile<1, T>(x, w, groups, to, row_scales, row, first, ahead);
-    case 2: return tile<2, T>(x, w, groups, to, row_scales, row, first, ahead);
-    case 3: return tile<3, T>(x, w, groups, to, row_scales, row, first, ahead);
-    case 4: return tile<4, T>(x, w, groups, to, row_scales, row, first, ahead);
-    case 5: return tile<5, T>(x, w, groups, to, row_scales, row, first, ahead);
-    case 6: return tile<6, T>(x, w, groups, to, row_scales, row, first, ahead);
-    case 7: return tile<7, T>(x, w, groups, to, row_scales, row, first, ahead);
-    case 8: return tile<8, T>(x, w, groups, to, row_scales, row, first, ahead);
-    case 9: return tile<9, T>(x, w, groups, to, row_scales, row, first, ahead);
-    case 10: return tile<10, T>(x, w, groups, to, row_scales, row, first, ahead);
-    case 11: return tile<11, T>(x, w, groups, to, row_scales, row, first, ahead);
-    default: return tile<12, T>(x, w, groups, to, row_scales, row, first, ahead);
+    case 1: return tile<1, T>(x, w, groups, to, row_scales, row, first, ahead, stream);
+    case 2: return tile<2, T>(x, w, groups, to, row_scales, row, first, ahead, stream);
+    case 3: return tile<3, T>(x, w, groups, to, row_scales, row, first, ahead, stream);
+    case 4: return tile<4, T>(x, w, groups, to, row_scales, row, first, ahead, stream);
+    case 5: return tile<5, T>(x, w, groups, to, row_scales, row, first, ahead, stream);
+    case 6: return tile<6, T>(x, w, groups, to, row_scales, row, first, ahead, stream);
+    case 7: return tile<7, T>(x, w, groups, to, row_scales, row, first, ahead, stream);
+    case 8: return tile<8, T>(x, w, groups, to, row_scales, row, first, ahead, stream);
+    case 9: return tile<9, T>(x, w, groups, to, row_scales, row, first, ahead, stream);
+    case 10: return tile<10, T>(x, w, groups, to, row_scales, row, first, ahead, stream);
+    case 11: return tile<11, T>(x, w, groups, to, row_scales, row, first, ahead, stream);
+    default: return tile<12, T>(x, w, groups, to, row_scales, row, first, ahead, stream);
   }
 }
 
 // All parts read the same codes. Called by every thread of a team; `next` starts at 0 and ends the phase.
 template <class T>
 void multiply(const Part<T>* parts, int num_parts, const uint32_t* codes, const float* scales, const Tiling& tiling,
-              std::atomic<int64_t>& next, int threads) {
+              std::atomic<int64_t>& next, Stream& stream, int threads) {
   const int64_t groups = (parts[0].layer->d_in + 3) / 4, panel_size = groups * kPanel * 4;
   int64_t ends[kMaxParts], total = 0;
   for (int p = 0; p < num_parts; ++p) ends[p] = total += (parts[p].layer->d_out + kPanel - 1) / kPanel;
@@ -168,6 +180,7 @@ void multiply(const Part<T>* parts, int num_parts, const uint32_t* codes, const 
   const int64_t chunk_tiles = std::max<int64_t>(8, (384 << 10) / (groups * kTile * 4));
   const int64_t num_units = total * ((tiling.tiles + chunk_tiles - 1) / chunk_tiles);
   const int64_t step = std::max<int64_t>(1, total / (8 * threads));
+  stream.begin(total * tiling.tiles * groups / threads);
   int64_t first = next.fetch_add(step);
   while (first < num_units) {
     const int64_t following = next.fetch_add(step), end = std::min(first + step, num_units);
@@ -183,7 +196,7 @@ void multiply(const Part<T>* parts, int num_parts, const uint32_t* codes, const 
         if (count <= 0) break;
         const int64_t half = (t - chunk * chunk_tiles) & 1;  // two tiles fetch the next panel between them
         any_tile<T>(count, codes + t * groups * kTile, w, groups, parts[p], scales, t * tiling.height, output,
-                    ahead + half * groups * 64);
+                    ahead + half * groups * 64, stream);
       }
     }
     first = following;
