@@ -1,17 +1,22 @@
 """Who may ask, and for what: keys from a file, compared in constant time, or callers' hub tokens. Knows no HTTP.
 
 One key a line: `KEY [TENANT] [admin] [weight=N] [requests=N] [tokens=N] [concurrent=N] [adapters=PATTERN,...]`, limits
-per minute and tenant; `#` starts a comment. Only hashes are kept in memory.
+per minute and tenant; `#` starts a comment. Only hashes are kept in memory. The file is read again when it changes.
 """
 
 import hashlib
 import hmac
+import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from loractl.adapters.errors import BadData, NotAllowed, Unauthenticated
 from loractl.server.hub_callers import HubCallers
+
+_log = logging.getLogger("loractl.server")
 
 MIN_KEY_CHARS = 16
 _NUMBERS: dict[str, tuple[float, float]] = {
@@ -46,9 +51,16 @@ EVERYBODY = Key(is_admin=True)
 class Access:
     """Checks keys; without any, everybody on this machine may do everything."""
 
-    def __init__(self, keys: dict[bytes, Key] | None = None, *, callers: HubCallers | None = None) -> None:
+    def __init__(
+        self,
+        keys: dict[bytes, Key] | None = None,
+        *,
+        callers: HubCallers | None = None,
+        file: "KeysFile | None" = None,
+    ) -> None:
         self._keys = keys or {}
         self._callers = callers
+        self._file = file
 
     @property
     def is_open(self) -> bool:
@@ -57,18 +69,8 @@ class Access:
     @classmethod
     def from_file(cls, path: Path, *, callers: HubCallers | None = None) -> "Access":
         """Read a keys file; raises BadData with file and line, never with the key."""
-        keys: dict[bytes, Key] = {}
-        try:
-            lines = path.read_text().splitlines()
-        except OSError as error:
-            raise BadData(f"{path}: {error.strerror}", hint="give a readable file with one key a line") from error
-        for number, line in enumerate(lines, start=1):
-            words = line.partition("#")[0].split()
-            if words:
-                keys[_hash(words[0])] = _parse(words, where=f"{path}:{number}")
-        if not keys:
-            raise BadData(f"{path}: holds no key", hint="write one key a line, at least 16 characters each")
-        return cls(keys, callers=callers)
+        file = KeysFile(path)
+        return cls(file.read(), callers=callers, file=file)
 
     async def close(self) -> None:
         if self._callers is not None:
@@ -81,6 +83,8 @@ class Access:
         scheme, _, secret = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not secret:
             raise Unauthenticated("this server wants an API key", hint="send `Authorization: Bearer KEY`")
+        if self._file is not None and (changed := self._file.read_if_changed()) is not None:
+            self._keys = changed
         wanted = _hash(secret.strip())
         for known, key in self._keys.items():
             if hmac.compare_digest(known, wanted):
@@ -103,6 +107,54 @@ class Access:
         if not key.is_admin:
             raise NotAllowed("this key has no admin right")
         return key
+
+
+class KeysFile:
+    """A file of keys that may change while the server runs: a key that is taken out of it is refused within seconds."""
+
+    def __init__(self, path: Path, *, every_s: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._every_s = every_s
+        self._clock = clock
+        self._looked_at = clock()
+        self._seen: tuple[int, int, int] | None = None
+
+    def read(self) -> dict[bytes, Key]:
+        """All keys by their hash; raises BadData."""
+        keys: dict[bytes, Key] = {}
+        try:
+            self._seen = self._mark()
+            lines = self._path.read_text().splitlines()
+        except OSError as error:
+            raise BadData(f"{self._path}: {error.strerror}", hint="give a readable file with one key a line") from error
+        for number, line in enumerate(lines, start=1):
+            words = line.partition("#")[0].split()
+            if words:
+                keys[_hash(words[0])] = _parse(words, where=f"{self._path}:{number}")
+        if not keys:
+            raise BadData(f"{self._path}: holds no key", hint="write one key a line, at least 16 characters each")
+        return keys
+
+    def read_if_changed(self) -> dict[bytes, Key] | None:
+        """The keys when the file is another than before, looked at every few seconds; a bad file changes nothing."""
+        now = self._clock()
+        if now - self._looked_at < self._every_s:
+            return None
+        self._looked_at = now
+        try:
+            if self._mark() == self._seen:
+                return None
+            keys = self.read()
+        except (OSError, BadData) as error:
+            _log.error("the keys file cannot be read, the keys from before stay: %s", error)
+            return None
+        _log.info("the keys file was read again: %d keys", len(keys))
+        return keys
+
+    def _mark(self) -> tuple[int, int, int]:
+        # Kubernetes replaces a mounted secret by another file with the same name.
+        found = self._path.stat()
+        return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _hash(secret: str) -> bytes:

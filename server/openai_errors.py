@@ -35,6 +35,16 @@ _CODES: dict[type[errors.LoractlError], str] = {
     errors.Unauthenticated: "invalid_api_key",
     errors.Overloaded: "rate_limit_exceeded",
 }
+_ELSEWHERE: Mapping[str, str] = {
+    "/v1/messages": "Anthropic's API is not served: use /v1/chat/completions, or a gateway that translates (LiteLLM)",
+    "/v1/responses": "the Responses API is not served: use /v1/chat/completions",
+    **{
+        f"/v1/{name}": f"{name} are not served here: chats, completions and embeddings are"
+        for name in ("assistants", "threads", "images", "audio", "moderations", "batches", "files", "fine_tuning")
+    },
+    "/v1/load_lora_adapter": "adapters load when they are asked for; /admin/adapters/load brings one ahead",
+    "/v1/unload_lora_adapter": "/admin/adapters/unload takes an adapter off the device",
+}
 _UNKNOWN_FIELD = re.compile(
     r"^Object contains unknown field `(?P<field>.*?)`(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL
 )
@@ -117,7 +127,8 @@ def on_http_error(request: Request[Any, Any, Any], error: HTTPException) -> Resp
     """Litestar's own refusals: unknown path, method, size."""
     path = request.url.path[:256]
     if error.status_code == 404:
-        return _refusal(404, f"no such path: {request.method} {path}", code="unknown_url", hint="the API is under /v1")
+        hint = next((hint for start, hint in _ELSEWHERE.items() if path.startswith(start)), "the API is under /v1")
+        return _refusal(404, f"no such path: {request.method} {path}", code="unknown_url", hint=hint)
     if error.status_code == 405:
         response = _refusal(405, f"{request.method} is not allowed on {path}", code="method_not_allowed")
         response.headers.update(error.headers or {})

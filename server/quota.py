@@ -35,8 +35,9 @@ class Quotas:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._requests: dict[str, Bucket] = {}
-        self._tokens: dict[str, Bucket] = {}
+        # By tenant and rate: a rate that is changed in the keys file begins a bucket of its own.
+        self._requests: dict[tuple[str, float], Bucket] = {}
+        self._tokens: dict[tuple[str, float], Bucket] = {}
         self._running: dict[str, int] = {}
 
     @contextlib.contextmanager
@@ -46,7 +47,7 @@ class Quotas:
         if key.max_concurrent is not None and running >= key.max_concurrent:
             raise Overloaded(f"{key.what} may run {key.max_concurrent} requests at a time", retry_after_s=1)
         if key.requests_per_minute is not None:
-            bucket = self._requests.setdefault(key.tenant, Bucket(key.requests_per_minute, self._clock))
+            bucket = _bucket(self._requests, key.tenant, key.requests_per_minute, self._clock)
             if (wait_s := bucket.wait_s(1)) > 0:
                 raise Overloaded(f"{key.what} may ask {key.requests_per_minute:g} times a minute", retry_after_s=wait_s)
             bucket.take(1)
@@ -71,7 +72,13 @@ class Quotas:
         """Book a request's prompt and most output; raises Overloaded when the key's minute is used up."""
         if key.tokens_per_minute is None:
             return
-        bucket = self._tokens.setdefault(key.tenant, Bucket(key.tokens_per_minute, self._clock))
+        bucket = _bucket(self._tokens, key.tenant, key.tokens_per_minute, self._clock)
         if (wait_s := bucket.wait_s(num_tokens)) > 0:
             raise Overloaded(f"{key.what} may use {key.tokens_per_minute:g} tokens a minute", retry_after_s=wait_s)
         bucket.take(num_tokens)
+
+
+def _bucket(
+    buckets: dict[tuple[str, float], Bucket], tenant: str, per_minute: float, clock: Callable[[], float]
+) -> Bucket:
+    return buckets.setdefault((tenant, per_minute), Bucket(per_minute, clock))

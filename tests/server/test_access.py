@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from loractl.adapters.errors import BadData, UsageError
-from loractl.server.access import Access
+from loractl.server.access import Access, KeysFile
 from loractl.server.assemble import Choices, check
 from tiny_models import make_tiny_base
 
@@ -77,6 +77,45 @@ async def test_admin_pins_and_unloads(live: Any) -> None:
     assert (await live.http.post("/admin/adapters/unload", json=cats)).status_code == 200
     assert (await live.http.get("/admin/status")).json()["adapters"] == []
     assert (await live.http.post("/admin/adapters/unload", json={"name": "team/never"})).status_code == 404
+
+
+async def test_admin_brings_adapters_near_and_drains(live: Any) -> None:
+    loaded = await live.http.post("/admin/adapters/load", json={"name": "cats"})
+    assert (loaded.status_code, loaded.json()["action"]) == (200, "loading")
+    assert (await live.http.post("/admin/adapters/prefetch", json={"name": "dogs"})).json()["action"] == "on disk"
+    status = (await live.http.get("/admin/status")).json()
+    assert [adapter["name"] for adapter in status["adapters"]] == ["cats"]
+    assert (status["ready"], status["draining"]) == (True, False)
+    missing = await live.http.post("/admin/adapters/load", json={"name": "team/nobody"})
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+    assert (await live.http.post("/admin/drain")).json() == {"status": "drained"}
+    assert (await live.http.get("/readyz")).status_code == 503
+    late = await live.http.post("/v1/embeddings", json={"model": "tiny", "input": "x"})
+    assert (late.status_code, "retry-after" in late.headers) == (503, True)
+
+
+async def test_key_that_is_taken_out_of_the_file_is_refused(start_server: Any, tmp_path: Path) -> None:
+    path, now = tmp_path / "keys", [0.0]
+    path.write_text(f"{USER} blue requests=1\n{ADMIN} red admin\n")
+    file = KeysFile(path, clock=lambda: now[0])
+    live = await start_server(access=Access(file.read(), file=file))
+
+    async def ask(key: str) -> int:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+        answer = await live.http.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+        return int(answer.status_code)
+
+    assert [await ask(USER), await ask(USER), await ask(ADMIN)] == [200, 429, 200]
+    path.write_text(f"{USER} blue requests=9\n")
+    assert await ask(ADMIN) == 200
+    now[0] = 60.0
+    assert [await ask(USER), await ask(ADMIN)] == [200, 401]
+    path.write_text("short\n")
+    now[0] = 120.0
+    assert [await ask(USER), await ask(ADMIN)] == [200, 401]
+    path.unlink()
+    now[0] = 180.0
+    assert await ask(USER) == 200
 
 
 @pytest.mark.parametrize("content", ["", "short\n", f"{USER} a b\n", f"{USER} weight=x\n", f"{USER} weight=0\n"])

@@ -116,6 +116,16 @@ async def test_wrong_path_or_method_has_the_same_shape(live: Any, method: str, p
     _error(response)
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("/v1/messages", "Anthropic"), ("/v1/responses", "Responses API"), ("/v1/images/generations", "images")],
+)
+async def test_api_that_is_not_served_says_so(live: Any, path: str, said: str) -> None:
+    response = await live.http.post(path, json={"model": "tiny", "max_tokens": 9, "messages": []})
+    assert response.status_code == 404
+    assert said in _error(response)["hint"]
+
+
 async def test_bug_is_500_without_details(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("secret detail")

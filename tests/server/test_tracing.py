@@ -53,6 +53,7 @@ async def test_phases_follow_each_other_below_the_callers_span(
     assert f"00-{root.context.trace_id:032x}-{root.parent.span_id:016x}-01" == _CALLER
     parents = {name: span.parent.span_id for name, span in spans.items() if span.parent is not None}
     assert parents["queue"] == parents["prefill"] == parents["decode"] == root.context.span_id
+    assert spans["queue"].context is not None
     assert parents["load"] == spans["queue"].context.span_id
     assert spans["queue"].end_time == spans["prefill"].start_time
     assert spans["prefill"].end_time == spans["decode"].start_time
@@ -98,7 +99,8 @@ class _Collector(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
 
-    def log_message(self, *_: object) -> None: ...
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name there
+        del format, args
 
 
 @pytest.fixture
