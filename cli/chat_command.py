@@ -1,6 +1,8 @@
 """`loractl chat`: a conversation in the terminal, with one adapter or with two side by side. Loads no model."""
 
+import contextlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -149,7 +151,7 @@ class Conversation:
         if is_interactive():
             from rich.live import Live
 
-            with Live(self._columns(), refresh_per_second=10) as live:
+            with _unechoed(), Live(self._columns(), refresh_per_second=10) as live:
                 while any(thread.is_alive() for thread in threads):
                     time.sleep(0.05)
                     live.update(self._columns())
@@ -177,6 +179,24 @@ class Conversation:
             panels.append(Panel(Text(side.answer), title=Text(side.model), subtitle=Text(waited)))
         table.add_row(*panels)
         return table
+
+
+@contextlib.contextmanager
+def _unechoed() -> Iterator[None]:
+    """Keep keys that are pressed meanwhile from breaking up the panels; they are read when the answers are there."""
+    import termios
+
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 @click.command(short_help="Talk to an adapter, or to two side by side.")

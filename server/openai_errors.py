@@ -36,7 +36,7 @@ _CODES: dict[type[errors.LoractlError], str] = {
     errors.Overloaded: "rate_limit_exceeded",
 }
 _ELSEWHERE: Mapping[str, str] = {
-    "/v1/messages": "Anthropic's API is not served: use /v1/chat/completions, or a gateway that translates (LiteLLM)",
+    "/v1/messages": "Anthropic's API is not served: use /v1/chat/completions, or LiteLLM's hosted_vllm/ in front",
     "/v1/responses": "the Responses API is not served: use /v1/chat/completions",
     **{
         f"/v1/{name}": f"{name} are not served here: chats, completions and embeddings are"
