@@ -61,6 +61,9 @@ charts-checkov: dev ## checkov on the chart but for what users add (extras); a l
 drills: dev ## The fault drills at full length, figures printed (minutes)
 	LORACTL_DRILLS=long $(BIN)/pytest -q -s -m drill
 
+bench-train: dev ## Training against transformers' Trainer, fleets against single runs (20 minutes, a quiet machine)
+	PYTHONPATH=tests/support:tests/demo $(BIN)/python tests/bench/bench_train.py
+
 ops-up: dev ## A real Prometheus on a real hub and server: the alert rules evaluate, then all ends
 	PYTHONPATH=tests/support $(BIN)/python tests/support/ops_up.py
 
@@ -70,4 +73,4 @@ clean: ## Remove what was made here (not the caches in ~/.cache/loractl)
 conformance: dev ## The Hugging Face protocol, every client on both kinds of hub (ONLY=0.36.2 picks); JUnit in build/conformance
 	$(BIN)/python tests/support/run_conformance.py --all $(if $(ONLY),--only $(ONLY))
 
-.PHONY: conformance help ns dev lint types check test help-snapshots demo charts charts-checkov drills ops-up clean
+.PHONY: bench-train conformance help ns dev lint types check test help-snapshots demo charts charts-checkov drills ops-up clean
