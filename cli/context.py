@@ -108,3 +108,17 @@ def adapter_cache() -> "AdapterCache":
     from loractl.adapters.local_cache import AdapterCache
 
     return AdapterCache(cache_folder() / "adapters")
+
+
+def adapter_folder(name: str, flag: str | None) -> Path:
+    """Find an adapter that is named by its folder or by its reference in the hub, which is then fetched.
+
+    Raises NotFound, NotAllowed or Unreachable.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        return Path(name)
+    from loractl.adapters.reference import parse_reference
+
+    ref = parse_reference(name)
+    with open_hub(flag) as hub:
+        return hub.fetch(hub.resolve(ref), adapter_cache())

@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from loractl.adapters.reference import parse_reference
-from loractl.cli.context import adapter_cache, hub_option, json_option, open_hub
+from loractl.cli.context import adapter_folder, hub_option, json_option
 from loractl.cli.output import print_json, print_note, print_table
 
 # How --compare names the ways a base is held: (quantization, dtype).
@@ -50,7 +49,7 @@ def evaluate(*, adapters: tuple[str, ...], hub_url: str | None, as_json: bool, *
       loractl eval team/a@prod runs/b --base BASE --data held-out.csv --json
       loractl eval --base BASE --data held-out.csv --compare int8,bf16
     """
-    folders = [(name, _folder(name, hub_url)) for name in dict.fromkeys(adapters)]
+    folders = [(name, adapter_folder(name, hub_url)) for name in dict.fromkeys(adapters)]
     ways = [way.strip() for way in (flags["compare"] or flags["quantize"] or "int8").split(",")]
     from loractl.adapters.errors import UsageError
 
@@ -99,14 +98,6 @@ def _write_answers(scorer: Any, rows: Any, tokenizer: Any, part: Any, flags: dic
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             num_lines += 1
     print_note(f"wrote {num_lines} answers to {flags['generate']}")
-
-
-def _folder(name: str, hub_url: str | None) -> Path:
-    if (Path(name) / "adapter_config.json").is_file():
-        return Path(name)
-    ref = parse_reference(name)
-    with open_hub(hub_url) as hub:
-        return hub.fetch(hub.resolve(ref), adapter_cache())
 
 
 def _record(folders: list[tuple[str, Path]], scores: list[dict[str, Any]]) -> None:

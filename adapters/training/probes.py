@@ -32,6 +32,18 @@ def make_probes(model: Any, examples: Sequence[Example]) -> list[Probe]:
     return probes
 
 
+def probe_drift(model: Any, probes: Sequence[Probe]) -> float:
+    """Score recorded probes with a model that holds the adapter; returns the largest difference in nats."""
+    model.eval()
+    return max(
+        abs(now - then)
+        for probe in probes
+        for now, then in zip(
+            _logprobs(model, probe.prompt_ids, probe.continuation_ids), probe.adapter_logprobs, strict=True
+        )
+    )
+
+
 def _logprobs(model: Any, prompt: list[int], continuation: list[int]) -> list[float]:
     import torch
 

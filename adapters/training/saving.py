@@ -22,7 +22,7 @@ def check_out(folder: Path) -> None:
 def save_adapter(
     model: Any,
     manifest: Manifest,
-    recipe: Recipe,
+    recipe: Recipe | None,
     folder: Path,
     *,
     name: str = "default",
@@ -31,8 +31,8 @@ def save_adapter(
 ) -> Path:
     """Save into a new folder beside `folder` and move it there; an older adapter in its place is replaced.
 
-    `name` is the adapter among those in the model, `start` the tensors that it began with as a part of the base,
-    `extra_files` more text files by name.
+    `recipe` is None for an adapter that no training made, `name` the adapter among those in the model, `start` the
+    tensors that it began with as a part of the base, `extra_files` more text files by name.
     """
     check_out(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,8 @@ def save_adapter(
             _subtract_start(staged, start)
         _name_base(staged, manifest)
         save_manifest(manifest, staged)
-        save_lock(recipe, staged)
+        if recipe is not None:
+            save_lock(recipe, staged)
         (staged / CARD_FILE).write_text(card(manifest))
         for file_name, text in (extra_files or {}).items():
             (staged / file_name).write_text(text)
@@ -59,7 +60,8 @@ def card(manifest: Manifest) -> str:
     """Return the adapter's README from its manifest, with the front matter that hubs read."""
     base, data = manifest.base, manifest.data
     facts = [
-        f"- rank {manifest.rank} on {', '.join(manifest.targets)}; {manifest.num_trainable_parameters:,} parameters",
+        f"- rank {manifest.rank} on {', '.join(manifest.targets)}",
+        f"- {manifest.num_trainable_parameters:,} parameters" if manifest.num_trainable_parameters else "",
         f"- data {data.digest[:19]}, {data.num_rows} rows, {data.num_supervised_tokens} learned tokens" if data else "",
         *(f"- {name} {value:g}" for name, value in manifest.metrics.items()),
     ]

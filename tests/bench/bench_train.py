@@ -270,10 +270,16 @@ class _Clock:
 
     def __call__(self, event: Progress) -> None:
         if isinstance(event, Started):
-            self.num_learned, self.num_steps = event.num_learned_tokens, event.num_steps
+            self.begin(event.data.num_learned_tokens, event.num_steps)
         if isinstance(event, Stepped):
-            self.last = time.perf_counter()
-            self.first = self.first or self.last
+            self.stepped()
+
+    def begin(self, num_learned: int, num_steps: int) -> None:
+        self.num_learned, self.num_steps = num_learned, num_steps
+
+    def stepped(self) -> None:
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
 
     def facts(self) -> dict[str, Any]:
         seconds = self.last - self.first
@@ -315,22 +321,12 @@ def _train_by_trainer(wanted: dict[str, Any]) -> dict[str, Any]:
         optimizer, lambda step: rate_at(min(step, steps - 1), num_steps=steps, train=recipe.train)
     )
     clock = _Clock()
-    clock(
-        Started(
-            num_rows=len(inputs.train),
-            num_eval_rows=len(inputs.held_out),
-            num_overlong_rows=0,
-            num_tokens=0,
-            num_learned_tokens=sum(example.num_learned for example in inputs.train),
-            num_parameters=0,
-            num_steps=steps,
-        )
-    )
+    clock.begin(sum(example.num_learned for example in inputs.train), steps)
 
     class Clocked(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             del args, state, control, more
-            clock(Stepped(step=0, num_steps=steps, loss=0.0, learning_rate=0.0, tokens_per_s=0.0))
+            clock.stepped()
 
     class InOrder(Trainer):  # type: ignore[misc]
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -408,7 +404,7 @@ def _train_fleet(wanted: dict[str, Any]) -> dict[str, Any]:
     if failed:
         raise failed[0]
     num_parameters = sum(
-        outcome.manifest.num_trainable_parameters for outcome in outcomes if not isinstance(outcome, LoractlError)
+        outcome.manifest.num_trainable_parameters or 0 for outcome in outcomes if not isinstance(outcome, LoractlError)
     )
     base_bytes = sum(memory_bytes(load_base_model(demo_base(), quantization="int8")).values())
     # float32 weights, and AdamW's two moments of each.
