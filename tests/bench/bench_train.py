@@ -330,7 +330,8 @@ def _train_by_trainer(wanted: dict[str, Any]) -> dict[str, Any]:
 
     class InOrder(Trainer):  # type: ignore[misc]
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+            del train_dataset
+            return SequentialSampler(rows)
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
         longest = max(len(row["input_ids"]) for row in batch)
