@@ -113,16 +113,16 @@ class Bridge:
         *,
         limits: BridgeLimits | None = None,
         on_step: Callable[[StepRecord], None] = lambda record: None,
-        on_dead: Callable[[], None] = lambda: None,
     ) -> None:
         self.limits = limits or BridgeLimits()
         self.state: EngineState = "starting"
         self.num_restarts = 0
         self.num_hangs = 0
         self.last_step_at: float | None = None
+        self.max_model_len = 0
+        """Of the engine that runs or ran last."""
         self._make_engine = make_engine
         self._on_step = on_step
-        self._on_dead = on_dead
         self._engine: EngineLike | None = None
         self._tickets: dict[RequestId, Ticket] = {}
         self._numbers = itertools.count(1)
@@ -180,6 +180,12 @@ class Bridge:
                 retry_after_s=5,
             )
         return self._engine
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's own figures; without an engine nothing runs, waits or is resident, and that is told too."""
+        engine = self._engine
+        return EngineStats() if engine is None else engine.stats()
 
     def new_id(self) -> RequestId:
         """An id of our own making: nothing that a client sends ever becomes a key."""
@@ -280,6 +286,7 @@ class Bridge:
 
     def _adopt(self, engine: EngineLike) -> None:
         self._engine = engine
+        self.max_model_len = engine.max_model_len
         if self.state != "stopped":
             self.state = "running"
 
@@ -293,7 +300,6 @@ class Bridge:
     def _gave_up(self) -> None:
         self.state = "dead"
         self.fail_all(EngineFailure("the engine is down"))
-        self._on_dead()
 
     def _post(self, call: Callable[[], object]) -> None:
         assert self._loop is not None

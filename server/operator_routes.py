@@ -176,8 +176,8 @@ async def _bring(serving: Serving, name: str) -> Any:
 
 
 def _status(serving: Serving) -> Status:
-    stats = serving.bridge.engine.stats()
     seen = serving.snapshot()
+    stats = seen.stats
     adapters = [
         AdapterStatus(
             name=seen.name(slot.digest),
@@ -201,7 +201,7 @@ def _status(serving: Serving) -> Status:
         ready=serving.is_ready,
         draining=serving.is_draining,
         quantization=serving.settings.quantization,
-        max_model_len=serving.bridge.engine.max_model_len,
+        max_model_len=serving.bridge.max_model_len,
         hub_up=serving.source.hub_is_up,
         running=stats.running,
         waiting=dict(stats.waiting),

@@ -17,7 +17,11 @@ import uvicorn
 
 from loractl.adapters.errors import Unreachable
 from loractl.server.app import create_app
+from loractl.server.connection import ConnectionLimits, bounded_by
 from loractl.server.serving import Serving
+
+# The application cuts a slow reader first, where it is one of its streams, and counts it.
+_WRITE_GRACE_S = 5.0
 
 
 class DrainingServer(uvicorn.Server):
@@ -75,8 +79,18 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 def run_server(serving: Serving, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
     """Serve until drained. Raises what kept the engine from starting."""
-    config = uvicorn.Config(
+    DrainingServer(uvicorn_config(serving), serving, on_ready).run(sockets=[listener])
+
+
+def uvicorn_config(serving: Serving) -> uvicorn.Config:
+    """How this server's application is run, in production as in tests."""
+    settings = serving.settings
+    limits = ConnectionLimits(
+        header_timeout_s=settings.header_timeout_s, write_timeout_s=settings.write_timeout_s + _WRITE_GRACE_S
+    )
+    return uvicorn.Config(
         create_app(serving),
+        http=bounded_by(limits),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -85,7 +99,6 @@ def run_server(serving: Serving, listener: socket.socket, *, on_ready: Callable[
         backlog=4096,
         lifespan="on",
     )
-    DrainingServer(config, serving, on_ready).run(sockets=[listener])
 
 
 class JsonLines(logging.Formatter):

@@ -32,6 +32,8 @@ class ServingSettings:
     max_tokens: int | None = None
     max_prompt_tokens: int | None = None
     max_body_bytes: int = 4 << 20
+    header_timeout_s: float = 15.0
+    """A client that has not sent its headers by then is cut off."""
     body_timeout_s: float = 30.0
     request_timeout_s: float | None = 600.0
     """A request that has not started by then fails."""
@@ -172,7 +174,7 @@ class Serving:
     def snapshot(self) -> Snapshot:
         """One moment of everything that metrics show."""
         bridge, settings = self.bridge, self.settings
-        stats = bridge.engine.stats()
+        stats = bridge.stats
         hub_is_up = self.source.hub_is_up
         gauges = [
             ("ready", "1 when a request would be served.", float(self.is_ready)),
@@ -191,7 +193,7 @@ class Serving:
         config = {
             "base_model": settings.base_name,
             "quant": settings.quantization,
-            "max_model_len": str(bridge.engine.max_model_len),
+            "max_model_len": str(bridge.max_model_len),
             "gpu_slots": str(stats.num_slots),
             "max_rank": str(stats.max_rank),
         }

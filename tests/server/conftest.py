@@ -10,21 +10,19 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from openai import AsyncOpenAI
 
 from fakes import FakeEngine
 from loractl.adapters.reference import Digest
 from loractl.server.access import Access
-from loractl.server.app import create_app
 from loractl.server.bridge import Bridge, BridgeLimits
 from loractl.server.fetch import AdapterSource, Found, HubSide
 from loractl.server.metrics import ServerMetrics
 from loractl.server.prompts import Prompts
-from loractl.server.run import DrainingServer, open_socket
+from loractl.server.run import DrainingServer, open_socket, uvicorn_config
 from loractl.server.serving import Serving, ServingSettings
 from loractl.server.tracing import Tracing
-from tiny_models import tiny_tokenizer
+from tiny_tokenizer import tiny_tokenizer
 
 FINGERPRINT = "sha256:" + "b" * 64
 DIGESTS = {name: Digest("sha256:" + letter * 64) for name, letter in (("cats", "c"), ("dogs", "d"))}
@@ -95,8 +93,7 @@ async def _live(
     )
     listener = open_socket("127.0.0.1", 0)
     ready = asyncio.Event()
-    config = uvicorn.Config(create_app(serving), log_config=None, lifespan="on", timeout_graceful_shutdown=2)
-    server = DrainingServer(config, serving, ready.set)
+    server = DrainingServer(uvicorn_config(serving), serving, ready.set)
     task = asyncio.create_task(_serve(server, listener))
     await asyncio.wait_for(ready.wait(), 20)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -74,6 +74,12 @@ async def test_engine_that_fails_again_and_again_stays_down(start_server: Any) -
     await _until(lambda: live.serving.bridge.state == "dead")
     assert (await live.http.get("/readyz")).status_code == 503
     assert (await live.http.get("/healthz")).status_code == 503
+    # Whoever is called must still be able to look.
+    page = (await live.http.get("/metrics")).text
+    assert "loractl_server_ready 0.0" in page
+    assert "loractl_server_requests_running 0.0" in page
+    status = await live.http.get("/admin/status")
+    assert status.json()["state"] == "dead"
     refused = await live.http.post("/v1/completions", json=LONG)
     assert refused.status_code == 503
 

@@ -4,58 +4,23 @@ The engine is a fake that echoes prompts, so what is measured is the HTTP side: 
 """
 
 import asyncio
-import os
 import random
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from drills import BODY, LONG, encoded, open_request, print_figures, until
 from loractl.adapters.errors import RepoNotFound
 from loractl.adapters.reference import AdapterRef, Digest
 from loractl.hub.client import ResolvedAdapter
 
 pytestmark = pytest.mark.drill
 
-LONG = os.environ.get("LORACTL_DRILLS") == "long"
-BODY = {"model": "tiny", "prompt": "a quick brown fox", "max_tokens": 400, "ignore_eos": True}
-
-
-def _print(drill: str, **figures: object) -> None:
-    print(f"drill {drill}: " + ", ".join(f"{name}={value}" for name, value in figures.items()))
-
-
-async def _until(condition: Any, timeout_s: float = 20.0) -> float:
-    started = time.monotonic()
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.005)
-    return time.monotonic() - started
-
 
 def _slow(engine: Any) -> None:
     engine.step_s = 0.01
-
-
-async def _open(port: int, body: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = [
-        "POST /v1/completions HTTP/1.1",
-        "host: x",
-        "content-type: application/json",
-        f"content-length: {len(body)}",
-    ]
-    writer.write("\r\n".join([*head, "", ""]).encode() + body)
-    await writer.drain()
-    return reader, writer
-
-
-def _body(**changes: Any) -> bytes:
-    import msgspec
-
-    return msgspec.json.encode(BODY | changes)
 
 
 async def test_storm_of_disconnects_frees_everything(start_server: Any) -> None:
@@ -67,7 +32,7 @@ async def test_storm_of_disconnects_frees_everything(start_server: Any) -> None:
     for _ in range(rounds):
 
         async def leave(stream: bool) -> None:
-            reader, writer = await _open(port, _body(stream=stream))
+            reader, writer = await open_request(port, encoded(stream=stream))
             if stream:
                 await reader.readuntil(b"data: ")
                 await asyncio.sleep(chance.random() * 0.2)
@@ -76,11 +41,11 @@ async def test_storm_of_disconnects_frees_everything(start_server: Any) -> None:
             writer.transport.abort()
 
         await asyncio.gather(*(leave(number % 3 > 0) for number in range(num_clients)))
-        seconds = await _until(lambda: live.serving.bridge.num_open == 0 and live.serving.num_requests == 0)
+        seconds = await until(lambda: live.serving.bridge.num_open == 0 and live.serving.num_requests == 0)
         steps.append(round(seconds / 0.01))
     assert live.serving.quotas._running == {}
     assert not live.engine._rows
-    _print("4", clients=num_clients, rounds=rounds, steps_until_empty=steps)
+    print_figures("4", clients=num_clients, rounds=rounds, steps_until_empty=steps)
     answer = await live.http.post("/v1/completions", json=BODY | {"max_tokens": 2})
     assert answer.status_code == 200
 
@@ -133,7 +98,7 @@ async def test_herd_for_one_cold_adapter_downloads_it_once(start_server: Any, tm
     codes = [answer.status_code for answer in await asyncio.gather(*asked)]
     assert codes == [200] * num_clients
     assert hub.num_fetches == 1
-    _print("27", clients=num_clients, downloads=hub.num_fetches, resolves=hub.num_resolves)
+    print_figures("27", clients=num_clients, downloads=hub.num_fetches, resolves=hub.num_resolves)
 
 
 async def test_moved_channel_counts_for_new_requests_and_not_for_those_in_flight(
@@ -143,7 +108,7 @@ async def test_moved_channel_counts_for_new_requests_and_not_for_those_in_flight
     live = await start_server(hub=hub, prepare=_slow)
     ask = {"model": "team/a@prod", "max_tokens": 300}
     running = asyncio.create_task(live.http.post("/v1/completions", json=BODY | ask))
-    await _until(lambda: live.engine.submitted)
+    await until(lambda: live.engine.submitted)
     hub.letter, started = "2", time.monotonic()
     digest = ""
     async with asyncio.timeout(10):
@@ -154,7 +119,7 @@ async def test_moved_channel_counts_for_new_requests_and_not_for_those_in_flight
     before = await running
     assert before.headers["x-loractl-adapter"].startswith("sha256:1")
     assert before.json()["usage"]["completion_tokens"] == 300
-    _print("21", seconds_until_the_new_version_answers=round(seconds, 2))
+    print_figures("21", seconds_until_the_new_version_answers=round(seconds, 2))
 
 
 async def test_flood_of_unknown_names_leaves_metrics_and_memory_bounded(start_server: Any, tmp_path: Path) -> None:
@@ -173,36 +138,7 @@ async def test_flood_of_unknown_names_leaves_metrics_and_memory_bounded(start_se
     after = (await live.http.get("/metrics")).text.count("\n")
     # One more series may appear: the refusal of lookups beyond the limit, and its HTTP code.
     assert after - before <= 8
-    _print("29", names=num_names, codes=codes, lookups=hub.num_resolves, new_metric_lines=after - before)
-
-
-async def test_many_streams_at_once_all_finish(start_server: Any) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    num_streams = 10_000 if LONG else 500
-    # Both ends of every connection are in this process.
-    if hard < 2 * num_streams + 200:
-        num_streams = (hard - 200) // 2
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * num_streams + 200)), hard))
-    live = await start_server(prepare=lambda engine: setattr(engine, "max_queue", 20_000))
-    port = int(live.url.rpartition(":")[2])
-    body, started = _body(stream=True, max_tokens=4), time.monotonic()
-
-    async def finish() -> float:
-        reader, writer = await _open(port, body)
-        await reader.readuntil(b"data: ")
-        first = time.monotonic() - started
-        await reader.readuntil(b"data: [DONE]")
-        writer.close()
-        return first
-
-    firsts = sorted(await asyncio.gather(*(finish() for _ in range(num_streams))))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(firsts) == num_streams
-    seconds = time.monotonic() - started
-    await _until(lambda: live.serving.num_requests == 0)
-    p50, p99 = firsts[num_streams // 2], firsts[num_streams * 99 // 100]
-    rss_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    _print("10", streams=num_streams, seconds=round(seconds, 1), p50_s=round(p50, 2), p99_s=round(p99, 2), rss=rss_mib)
+    print_figures("29", names=num_names, codes=codes, lookups=hub.num_resolves, new_metric_lines=after - before)
 
 
 @pytest.mark.parametrize(
@@ -238,4 +174,4 @@ async def test_hostile_size_is_refused_while_others_are_answered(live: Any, chan
     watcher.cancel()
     assert answer.status_code in {400, 413}
     assert not live.engine.submitted
-    _print("24", field=next(iter(change)), ms=round(seconds * 1e3), lag_ms=round(lag_s * 1e3))
+    print_figures("24", field=next(iter(change)), ms=round(seconds * 1e3), lag_ms=round(lag_s * 1e3))

@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from openai import AsyncOpenAI
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from loractl.adapters.digest import folder_digest
 from loractl.server import assemble
-from loractl.server.app import create_app
 from loractl.server.engine.settings import EngineSettings
 from loractl.server.prompts import Prompts
-from loractl.server.run import DrainingServer, open_socket
+from loractl.server.run import DrainingServer, open_socket, uvicorn_config
 from tiny_models import make_adapter, make_tiny_base
 
 pytestmark = pytest.mark.slow
@@ -44,8 +42,7 @@ async def client(folders: dict[str, Path]) -> AsyncIterator[AsyncOpenAI]:
     )
     serving = await asyncio.to_thread(assemble.load, assemble.check(choices))
     listener, ready = open_socket("127.0.0.1", 0), asyncio.Event()
-    config = uvicorn.Config(create_app(serving), log_config=None, lifespan="on", timeout_graceful_shutdown=2)
-    server = DrainingServer(config, serving, ready.set)
+    server = DrainingServer(uvicorn_config(serving), serving, ready.set)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait_for(ready.wait(), 60)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"

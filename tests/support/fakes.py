@@ -1,5 +1,6 @@
 """Stand-ins that keep unit tests of the server fast: an engine without a model, with faults to order."""
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -37,13 +38,14 @@ class FakeEngine:
 
     With an adapter, the answer starts with the adapter's digest, so that a test sees whose answer it got.
     `answer_text` makes it say that text instead, and then stop.
-    Faults to order: `raise_in_step` (once), `hang` (an Event that is waited for), `step_s`, `max_queue`.
+    Faults to order: `raise_in_step` (once), `hang` (an Event that is waited for), `step_s`, `max_queue`, `max_running`.
     """
 
     def __init__(self, tokenizer: Any, *, max_model_len: int = 512, max_queue: int = 1000) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.max_queue = max_queue
+        self.max_running = 1 << 30
         self.answer_text: str | None = None
         self.step_s = 0.0
         self.raise_in_step: BaseException | None = None
@@ -87,8 +89,9 @@ class FakeEngine:
             error, self.raise_in_step = self.raise_in_step, None
             raise error
         if self.step_s:
-            time.sleep(self.step_s)
-        rows = list(self._rows.values())
+            # Not time.sleep, which libfaketime breaks.
+            threading.Event().wait(self.step_s)
+        rows = list(itertools.islice(self._rows.values(), self.max_running))
         distinct = {use.digest for row in rows for use in row.submit.adapters}
         self._max_distinct = max(self._max_distinct, len(distinct))
         for row in rows:
@@ -185,8 +188,8 @@ class FakeEngine:
             SlotStats(digest=digest, rank=4, pinned=digest in self.pinned, num_running=0) for digest in self.resident
         )
         return EngineStats(
-            waiting={"new": len(self._inbox)},
-            running=len(self._rows),
+            waiting={"new": len(self._inbox), "turn": max(0, len(self._rows) - self.max_running)},
+            running=min(len(self._rows), self.max_running),
             kv_blocks_total=100,
             kv_blocks_used=len(self._rows),
             block_size=16,

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from loractl.server import assemble
-from loractl.server.app import create_app
 from loractl.server.engine.settings import EngineSettings
-from loractl.server.run import DrainingServer, open_socket
+from loractl.server.run import DrainingServer, open_socket, uvicorn_config
 from loractl.server.serving import Serving
 
 
@@ -31,8 +28,7 @@ async def real_server(base: Path, *, engine: EngineSettings | None = None, **cho
     chosen = assemble.Choices(base=str(base), quantization="none", dtype="float32", engine=engine, **choices)
     serving = await asyncio.to_thread(assemble.load, await asyncio.to_thread(assemble.check, chosen))
     listener, ready = open_socket("127.0.0.1", 0), asyncio.Event()
-    config = uvicorn.Config(create_app(serving), log_config=None, lifespan="on", timeout_graceful_shutdown=2)
-    server = DrainingServer(config, serving, ready.set)
+    server = DrainingServer(uvicorn_config(serving), serving, ready.set)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait_for(ready.wait(), 60)
     yield RealServer(f"http://127.0.0.1:{listener.getsockname()[1]}", serving, server, task)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 import transformers
 
-from tiny_models import make_baichuan_base, make_tiny_base, tiny_tokenizer
+from tiny_models import make_baichuan_base, make_tiny_base
+from tiny_tokenizer import tiny_tokenizer
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 384,
