@@ -6,6 +6,7 @@ what a request was given is a digest and a folder, so nothing moves under it.
 
 import asyncio
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from loractl.adapters.errors import (
+    AdapterInvalid,
     BaseMismatch,
     LoractlError,
     NotAllowed,
@@ -117,7 +119,7 @@ class AdapterSource:
         self._clock = clock
         self._known: OrderedDict[AdapterRef, _Known] = OrderedDict()
         self._missing: OrderedDict[AdapterRef, tuple[float, LoractlError]] = OrderedDict()
-        self._folders: dict[Digest, Path] = {}
+        self._folders: dict[Digest, tuple[Path, object]] = {}
         self._flights: dict[object, asyncio.Task[object]] = {}
         self._lookup_allowance = self._limits.max_lookups_per_s
         self._allowance_at = clock()
@@ -212,9 +214,11 @@ class AdapterSource:
         )
 
     async def _folder_of(self, resolved: ResolvedAdapter) -> tuple[Path, bool]:
-        folder = self._folders.get(resolved.digest)
-        if folder is not None and await asyncio.to_thread(folder.is_dir):
-            return folder, True
+        known = self._folders.get(resolved.digest)
+        if known is not None:
+            folder, state = known
+            if state is not None and await asyncio.to_thread(_state_of, folder) == state:
+                return folder, True
         return await self._once(
             resolved.digest, lambda: self._download(resolved), wait_s=self._limits.download_timeout_s
         )
@@ -297,10 +301,14 @@ class AdapterSource:
         folder = await asyncio.get_running_loop().run_in_executor(self._downloaders, hub.cached, resolved)
         was_on_disk = folder is not None
         if folder is None:
-            folder = await self._guarded(
-                self._downloaders, lambda: hub.fetch(resolved), timeout_s=self._limits.download_timeout_s
-            )
-        self._folders[resolved.digest] = folder
+            try:
+                folder = await self._guarded(
+                    self._downloaders, lambda: hub.fetch(resolved), timeout_s=self._limits.download_timeout_s
+                )
+            except AdapterInvalid as error:
+                # The hub took these files, so it is the way here that changed them: not this caller's fault.
+                raise _hub_down(error.message, 2.0) from error
+        self._folders[resolved.digest] = folder, await asyncio.to_thread(_state_of, folder)
         return folder, was_on_disk
 
     async def _guarded(self, threads: ThreadPoolExecutor, call: Callable[[], _T], *, timeout_s: float) -> _T:
@@ -354,6 +362,20 @@ class AdapterSource:
         memory.move_to_end(ref)
         while len(memory) > limit:
             memory.popitem(last=False)
+
+
+def _state_of(folder: Path) -> object:
+    """What changes when somebody changes the folder's files; None when they cannot be looked at.
+
+    Cheap enough for each request, where hashing is not; a disk that lies without a trace is found at the next load
+    from it, by the cache.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            stats = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    except OSError:
+        return None
+    return sorted((name, at.st_mode, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in stats)
 
 
 def _hub_down(message: str, retry_after_s: float) -> Unreachable:

@@ -135,6 +135,7 @@ class AdapterReader:
         if (embedding := sides.get(self._layers.embedding_name)) is not None:
             scaled = embedding.b * self._layers.embedding_scale
             sides[self._layers.embedding_name] = SidePart(embedding.a, scaled)
+        self._check_finite(row, sides)
         kept_share = energy / energy_all if energy_all else 1.0
         if energy_all:
             log.warning(
@@ -144,6 +145,16 @@ class AdapterReader:
                 100 * kept_share,
             )
         return HostAdapter(row[0], ranks, frozenset(gains), sides, kept_share)
+
+    def _check_finite(self, row: Tensor, sides: dict[str, SidePart]) -> None:
+        """Refuse NaN and infinity before a request produces them; a sum sees both, in one pass and no memory."""
+        numbers = [row, *(part for side in sides.values() for part in (side.a, side.b))]
+        if not all(torch.isfinite(part.sum(dtype=torch.float32)) for part in numbers):
+            dtype = str(self._dtype).removeprefix("torch.")
+            raise AdapterInvalid(
+                f"the adapter holds NaN or infinity, or numbers too large for {dtype}",
+                hint="`loractl check` names the tensor; train it again with a lower rate",
+            )
 
     def _part(self, piece: _Piece, file: TensorFile, spec: LoraSpec) -> SidePart:
         assert piece.module.a is not None
@@ -221,6 +232,9 @@ class AdapterReader:
         if spec.use_dora and module.magnitude is None:
             raise AdapterInvalid(f"{name}: use_dora is set, but there is no magnitude")
         rank = module.a.shape[0]
+        if rank != spec.rank_of(module.name):
+            # It would be scaled by the wrong rank; PEFT refuses it too.
+            raise AdapterInvalid(f"{module.name} has rank {rank}, its config says {spec.rank_of(module.name)}")
         if rank > self._max_rank and not self._truncate:
             raise Unsupported(
                 f"rank {rank} of {module.name} is above this server's {self._max_rank}",

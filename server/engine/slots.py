@@ -77,9 +77,10 @@ class AdapterSlots:
             return None
         del self._loading[digest]
         self.num_failures += 1
-        if isinstance(error, LoractlError):
-            return error
-        return AdapterInvalid(f"adapter {digest[:19]} could not be read: {error}")
+        if not isinstance(error, LoractlError):
+            return AdapterInvalid(f"adapter {digest[:19]} could not be read: {error}", field="model")
+        error.field = error.field or "model"
+        return error
 
     def place(self, digest: Digest) -> bool:
         """Give an adapter that is on the host a slot, evicting one that nobody holds; False where none can go."""

@@ -1,8 +1,12 @@
-"""A proxy on loopback between client and hub that cuts or loses an answer when told to. Knows HTTP, no hub."""
+"""A proxy on loopback between client and hub that cuts, changes, delays or loses an answer when told to.
+
+Knows HTTP, no hub.
+"""
 
 import contextlib
 import http.client
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,6 +35,10 @@ class FaultyProxy:
     seen: list[Seen] = field(default_factory=list)
     cut: tuple[str, int] | None = None
     """Part of a path and a number of bytes: the next body of a GET for it ends there."""
+    flip: str | None = None
+    """Part of a path: the next body of a GET for it has one bit changed."""
+    delay: tuple[str, float] | None = None
+    """Part of a path and seconds: every request for it waits, until this is None again."""
     lose: str | None = None
     """Part of a path: the answer to the next POST for it becomes 502, though the hub has done its work."""
     refuse: tuple[str, int, dict[str, str]] | None = None
@@ -73,11 +81,15 @@ class _Handler(BaseHTTPRequestHandler):
             state.refuse = None
             self._answer(status, list(headers.items()), b"{}")
             return
-        connection = http.client.HTTPConnection(self.server.upstream, timeout=120)  # type: ignore[attr-defined]
-        connection.request(self.command, self.path, body=body or None, headers=dict(self.headers.items()))
-        answer = connection.getresponse()
-        data = answer.read()
-        connection.close()
+        self._wait()
+        upstream: str = self.server.upstream  # type: ignore[attr-defined]
+        with contextlib.closing(http.client.HTTPConnection(upstream, timeout=120)) as connection:
+            try:
+                connection.request(self.command, self.path, body=body or None, headers=dict(self.headers.items()))
+                answer = connection.getresponse()
+                data = answer.read()
+            except (OSError, http.client.HTTPException):
+                return  # the hub has gone: so does this connection, without an answer
         state.seen.append(Seen(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, answer.status))
         if state.lose is not None and state.lose in self.path and self.command == "POST":
             state.lose = None
@@ -90,7 +102,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(answer.status, headers_out, len(data))
             self.wfile.write(data[:num_bytes])
             return
+        if state.flip is not None and state.flip in self.path and self.command == "GET" and len(data) > 1000:
+            state.flip = None
+            data = data[:-5] + bytes([data[-5] ^ 1]) + data[-4:]
         self._answer(answer.status, headers_out, data)
+
+    def _wait(self) -> None:
+        state: FaultyProxy = self.server.state  # type: ignore[attr-defined]
+        started = time.monotonic()
+        while (delay := state.delay) is not None and delay[0] in self.path and time.monotonic() - started < delay[1]:
+            time.sleep(0.02)
 
     def _head(self, status: int, headers: list[tuple[str, str]], length: int) -> None:
         self.send_response_only(status)
@@ -105,6 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
         self._head(status, headers, len(data))
         if self.command != "HEAD":
-            self.wfile.write(data)
+            with contextlib.suppress(ConnectionError):  # a client that had waited long enough
+                self.wfile.write(data)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _forward  # noqa: N815
