@@ -193,6 +193,10 @@ class Overloaded(LoractlError):
     exit_code = 9
 
 
+class RateLimited(Overloaded):
+    code = "RATE_LIMITED"
+
+
 class BlobMissing(LoractlError):
     code = "BLOB_MISSING"
 

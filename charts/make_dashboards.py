@@ -86,6 +86,7 @@ SERVER: dict[str, list[Panel]] = {
             "reqps",
             [(f"topk(10, {rate(S + 'adapter_requests_total', by='adapter')})", "{{adapter}}")],
         ),
+        ("Where adapters were", "reqps", [(rate(S + "adapter_wait_seconds_count", by="outcome"), "{{outcome}}")]),
         ("Distinct adapters in a step, p95", "short", [(quantile(0.95, S + "batch_distinct_adapters"), "p95")]),
         ("Adapter memory", "bytes", [(gauge(S + "adapter_cache_bytes", by="level"), "{{level}}")]),
     ],
@@ -109,6 +110,9 @@ SERVER: dict[str, list[Panel]] = {
             ],
         ),
         ("Hub reachable", "short", [(gauge(S + "hub_up"), "{{instance}}")]),
+        ("Hub's answer time, p95", "s", [(quantile(0.95, S + "hub_request_seconds", by="op"), "{{op}}")]),
+        ("Questions to the hub", "ops", [(rate(S + "hub_requests_total", by="op, code"), "{{op}} {{code}}")]),
+        ("Event loop lag, p99", "s", [(quantile(0.99, S + "event_loop_lag_seconds"), "p99")]),
     ],
 }
 

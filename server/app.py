@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from loractl.server.api_document import document_routes
 from loractl.server.completion_routes import TRACE, completion_routes
 from loractl.server.embedding_routes import embedding_routes
+from loractl.server.loop_lag import watch_lag
 from loractl.server.metrics import EngineCollector
 from loractl.server.model_routes import model_routes
 from loractl.server.openai_errors import EXCEPTION_HANDLERS
@@ -33,12 +34,13 @@ def create_app(serving: Serving) -> ASGIApp:
     async def life(app: Litestar) -> AsyncIterator[None]:
         del app
         await serving.bridge.start()
-        collector = EngineCollector(serving.snapshot)
+        collector = EngineCollector(serving.snapshot, disk=serving.disk)
         collectors: list[Collector] = [collector]
         if serving.settings.vllm_metrics:
             collectors.append(VllmAliases(collector, serving.metrics, model_name=serving.settings.base_name))
         for each in collectors:
             serving.metrics.registry.register(each)
+        lag = asyncio.create_task(watch_lag(serving.metrics.loop_lag.observe))
         if serving.hub_events is not None:
             serving.hub_events.start()
         try:
@@ -46,6 +48,7 @@ def create_app(serving: Serving) -> ASGIApp:
         finally:
             for each in collectors:
                 serving.metrics.registry.unregister(each)
+            lag.cancel()
             if serving.hub_events is not None:
                 await serving.hub_events.close()
             await serving.bridge.stop()

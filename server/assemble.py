@@ -96,7 +96,7 @@ def check(choices: Choices) -> Checked:
 def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts: Prompts) -> Serving:
     """Build a server around an engine; `make_engine` is called in the engine's own thread."""
     choices = checked.choices
-    hub = None
+    hub = cache = None
     if choices.hub_url is not None:
         folder = choices.cache_folder or cache_folder() / "adapters"
         cache = AdapterCache(folder, max_bytes=choices.cache_bytes)
@@ -111,7 +111,9 @@ def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts
         drain_timeout_s=choices.drain_timeout_s,
         drain_grace_s=choices.drain_grace_s,
     )
-    source = AdapterSource(local=checked.local, hub=hub, base_fingerprint=checked.fingerprint)
+    source = AdapterSource(
+        local=checked.local, hub=hub, base_fingerprint=checked.fingerprint, on_hub_call=metrics.saw_hub_call
+    )
     return Serving(
         settings=settings,
         bridge=Bridge(make_engine, on_step=metrics.saw_step),
@@ -121,6 +123,7 @@ def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts
         metrics=metrics,
         access=checked.access,
         tracing=checked.tracing,
+        disk=cache,
     )
 
 

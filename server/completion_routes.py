@@ -37,6 +37,7 @@ TRACE = "loractl_trace"
 _REASONS = {
     "model_not_found": "adapter_not_found",
     "OVERLOADED": "queue_full",
+    "RATE_LIMITED": "rate_limit",
     "CONTEXT_LENGTH_EXCEEDED": "too_long",
     "REPO_NOT_FOUND": "adapter_not_found",
     "REVISION_NOT_FOUND": "adapter_not_found",
@@ -197,6 +198,7 @@ class _Generation:
 
     def _left(self, watch: Watch) -> None:
         self._serving.metrics.disconnects.labels(watch.stage).inc()
+        self._serving.metrics.aborted_tokens.labels(watch.stage).inc(watch.num_tokens)
         self._serving.bridge.cancel(watch.ticket)
 
 

@@ -108,7 +108,9 @@ class AdapterSource:
         base_fingerprint: str,
         limits: FetchLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_hub_call: Callable[[str, str, float], None] = lambda op, code, seconds: None,
     ) -> None:
+        self._on_hub_call = on_hub_call
         self.local = dict(local)
         self.breaker = Breaker(clock=clock)
         self._is_told = False
@@ -278,7 +280,7 @@ class AdapterSource:
         asked_at, num_forgotten = self._clock(), self._num_forgotten
         try:
             resolved = await self._guarded(
-                self._resolvers, lambda: hub.resolve(ref), timeout_s=self._limits.resolve_timeout_s
+                "resolve", self._resolvers, lambda: hub.resolve(ref), timeout_s=self._limits.resolve_timeout_s
             )
         except (NotFound, NotAllowed) as error:
             # Private and absent look alike to those who may not know.
@@ -303,7 +305,10 @@ class AdapterSource:
         if folder is None:
             try:
                 folder = await self._guarded(
-                    self._downloaders, lambda: hub.fetch(resolved), timeout_s=self._limits.download_timeout_s
+                    "fetch",
+                    self._downloaders,
+                    lambda: hub.fetch(resolved),
+                    timeout_s=self._limits.download_timeout_s,
                 )
             except AdapterInvalid as error:
                 # The hub took these files, so it is the way here that changed them: not this caller's fault.
@@ -311,22 +316,28 @@ class AdapterSource:
         self._folders[resolved.digest] = folder, await asyncio.to_thread(_state_of, folder)
         return folder, was_on_disk
 
-    async def _guarded(self, threads: ThreadPoolExecutor, call: Callable[[], _T], *, timeout_s: float) -> _T:
+    async def _guarded(self, op: str, threads: ThreadPoolExecutor, call: Callable[[], _T], *, timeout_s: float) -> _T:
         """Run a blocking call to the hub in a thread, through the breaker."""
         wait_s = self.breaker.seconds_to_wait()
         if wait_s > 0:
             raise _hub_down("the hub has not answered lately", wait_s)
+        code, started = "ok", time.monotonic()
         try:
             result = await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(threads, call), timeout_s)
         except TimeoutError as error:
+            code = "timeout"
             self.breaker.failed()
             raise _hub_down(f"the hub did not answer in {timeout_s:g} s", 2.0) from error
         except Unreachable as error:
+            code = "unreachable"
             self.breaker.failed()
             raise _hub_down(error.message, error.retry_after_s or 2.0) from error
-        except LoractlError:
+        except LoractlError as error:
+            code = error.code.lower()
             self.breaker.succeeded()  # it answered, if not as we wished
             raise
+        finally:
+            self._on_hub_call(op, code, time.monotonic() - started)
         self.breaker.succeeded()
         return result
 

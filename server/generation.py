@@ -12,6 +12,7 @@ import msgspec
 from loractl.adapters.errors import BadRequest, ContextExceeded
 from loractl.server.engine.messages import AdapterUse, Constraint, RequestId, Sampling, Submit
 from loractl.server.fetch import Found
+from loractl.server.metrics import Tier
 from loractl.server.openai_wire import (
     UNSUPPORTED_FIELDS,
     ChatRequest,
@@ -40,6 +41,8 @@ class ServedAdapter:
 
     found: Found
     weight: float = 1.0
+    tier: Tier = "hit_gpu"
+    """Where it was when the request came."""
 
     @property
     def use(self) -> AdapterUse:

@@ -8,24 +8,37 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.reference import Digest
 from loractl.server.canary import Track
 from loractl.server.engine.stats import EngineStats, StepRecord
 
 PREFIX = "loractl_server_"
 OTHER = "other"
+Tier = Literal["hit_gpu", "hit_host", "hit_disk", "miss"]
+TIERS: tuple[Tier, ...] = ("hit_gpu", "hit_host", "hit_disk", "miss")
+"""Where an adapter was when it was asked for, nearest first."""
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _ITL = (0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _E2E = (0.01, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _PHASE = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+_LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+_DISK_FRESH_S = 15.0
+"""How long the size of the disk cache is believed: counting it reads every folder."""
 _SMALL = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+
+REJECTIONS = (
+    *("queue_full", "rate_limit", "draining", "too_long"),
+    *("adapter_not_found", "adapter_invalid", "hub_down"),
+)
 
 
 class AdapterLabels:
@@ -75,6 +88,7 @@ class ServerMetrics:
         self.finished = counter("requests_finished", "Sequences ended, by how.", "finish_reason")
         self.rejected = counter("requests_rejected", "Requests refused, by why.", "reason")
         self.disconnects = counter("client_disconnects", "Clients that left before their answer was complete.", "stage")
+        self.aborted_tokens = counter("aborted_tokens", "Tokens generated for clients that had left.", "stage")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished sequences.")
         self.generated_tokens = counter("generation_tokens", "Tokens generated for finished sequences.")
         self.slow_readers = counter("sse_write_stalls", "Streams cut because their reader was too slow.")
@@ -83,9 +97,16 @@ class ServerMetrics:
         self.adapter_errors = counter("adapter_errors", "Failed requests by adapter.", "adapter", "reason")
         self.ttft = histogram("time_to_first_token_seconds", "From the request to its first token.", _TTFT, "stream")
         self.itl = histogram("inter_token_latency_seconds", "Between tokens of a sequence.", _ITL, "stream")
+        self.tpot = histogram("time_per_output_token_seconds", "Mean of a sequence after its first token.", _ITL)
         self.e2e = histogram("e2e_request_seconds", "From the request to the end of its answer.", _E2E, "stream")
         self.queue = histogram("queue_seconds", "Waiting for a place in the batch.", _PHASE)
-        self.adapter_wait = histogram("adapter_wait_seconds", "Waiting for the adapter to be resident.", _PHASE)
+        waited = "Waiting for the adapter to be resident, by where it was."
+        self.adapter_wait = histogram("adapter_wait_seconds", waited, _PHASE, "outcome")
+        self.hub_calls = counter("hub_requests", "Questions to the hub, by outcome.", "op", "code")
+        self.hub_seconds = histogram(
+            "hub_request_seconds", "A question to the hub: a name, or a download.", _PHASE, "op"
+        )
+        self.loop_lag = histogram("event_loop_lag_seconds", "How late the event loop woke.", _LAG)
         self.prefill = histogram("prefill_seconds", "From the first step to the first token.", _PHASE)
         self.decode = histogram("decode_seconds", "From the first token to the last.", _PHASE)
         self.request_prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a sequence.", _TOKENS)
@@ -99,11 +120,35 @@ class ServerMetrics:
         self.canary_errors = counter("canary_errors", "Failed sequences of those requests.", *tracks)
         self.canary_tokens = counter("canary_generation_tokens", "Tokens generated for those requests.", *tracks)
         self.canary_seconds = counter("canary_request_seconds", "Seconds that those requests took, summed.", *tracks)
-        for name in ("stop", "length", "abort", "error"):
-            self.finished.labels(name)
+        self._show_zeros()
+        ProcessCollector(registry=self.registry)
         self.labels.on_drop(self._forget_adapter)
         self._versions = AdapterLabels(max_adapter_labels)
         self._versions.on_drop(self._forget_version)
+
+    def _show_zeros(self) -> None:
+        """A series that appears with its first event hides that event from `rate`."""
+        for name in ("stop", "length", "abort", "error"):
+            self.finished.labels(name)
+        for name in REJECTIONS:
+            self.rejected.labels(name)
+        for stage in ("queued", "decode"):
+            self.disconnects.labels(stage)
+            self.aborted_tokens.labels(stage)
+        for endpoint in ("/v1/chat/completions", "/v1/completions"):
+            for code in ("200", "400", "404", "429", "500", "503"):
+                self.requests.labels(endpoint, code)
+        for tier in TIERS:
+            self.adapter_wait.labels(tier)
+        for op in ("resolve", "fetch"):
+            self.hub_calls.labels(op, "ok")
+            self.hub_calls.labels(op, "unreachable")
+            self.hub_seconds.labels(op)
+
+    def saw_hub_call(self, op: str, code: str, seconds: float) -> None:
+        """Take in one question to the hub; `code` is ok or an error's."""
+        self.hub_calls.labels(op, code).inc()
+        self.hub_seconds.labels(op).observe(seconds)
 
     def saw_step(self, record: StepRecord) -> None:
         """Take in one forward pass."""
@@ -152,8 +197,11 @@ class ServerMetrics:
 class EngineCollector(Collector):
     """Gauges and counters read from one snapshot of the engine at each scrape; nothing here can go stale."""
 
-    def __init__(self, snapshot: "Callable[[], Snapshot]") -> None:
+    def __init__(self, snapshot: "Callable[[], Snapshot]", *, disk: AdapterCache | None = None) -> None:
         self._snapshot = snapshot
+        self._version = version("loractl")
+        self._disk = disk
+        self._disk_bytes = (float("-inf"), 0)
 
     def describe(self) -> Iterable[GaugeMetricFamily]:
         return []
@@ -161,7 +209,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         seen = self._snapshot()
         stats = seen.stats
-        yield _gauge("build_info", "The server's version.", 1, {"version": version("loractl")})
+        yield _gauge("build_info", "The server's version.", 1, {"version": self._version})
         yield _gauge("config_info", "What is served.", 1, dict(seen.config))
         blocks = {"block_size": str(stats.block_size), "num_gpu_blocks": str(stats.kv_blocks_total)}
         yield _gauge("cache_config_info", "Sizes of the KV cache.", 1, blocks)
@@ -170,10 +218,24 @@ class EngineCollector(Collector):
         yield from _queue_families(stats)
         yield from _cache_families(stats)
         yield from _adapter_families(seen)
+        yield from self._cache_bytes(stats)
         for name, text, count in _counters(stats):
             yield CounterMetricFamily(PREFIX + name, text, value=count)
         for name, text, count in seen.counters:
             yield CounterMetricFamily(PREFIX + name, text, value=count)
+
+    def _cache_bytes(self, stats: EngineStats) -> Iterable[GaugeMetricFamily]:
+        size = GaugeMetricFamily(PREFIX + "adapter_cache_bytes", "Bytes of adapters kept, by level.", labels=["level"])
+        size.add_metric(["host"], stats.host_bytes)
+        if self._disk is not None:
+            now = time.monotonic()
+            if now - self._disk_bytes[0] > _DISK_FRESH_S:
+                self._disk_bytes = now, sum(cached.size_bytes for cached in self._disk.list())
+            size.add_metric(["disk"], self._disk_bytes[1])
+        yield size
+        if self._disk is not None and self._disk.max_bytes is not None:
+            limit = self._disk.max_bytes
+            yield _gauge("adapter_cache_limit_bytes", "Most that is kept, by level.", limit, {"level": "disk"})
 
 
 class Snapshot:
@@ -244,9 +306,6 @@ def _adapter_families(seen: Snapshot) -> Iterable[GaugeMetricFamily]:
     slots.add_metric(["gpu", "total"], stats.num_slots)
     slots.add_metric(["gpu", "pinned"], sum(slot.pinned for slot in stats.slots))
     yield slots
-    size = GaugeMetricFamily(PREFIX + "adapter_cache_bytes", "Bytes of adapters kept, by level.", labels=["level"])
-    size.add_metric(["host"], stats.host_bytes)
-    yield size
 
 
 def _counters(stats: EngineStats) -> Iterable[tuple[str, str, float]]:

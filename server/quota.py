@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from loractl.adapters.errors import Overloaded
+from loractl.adapters.errors import RateLimited
 from loractl.server.access import Key
 
 
@@ -42,14 +42,16 @@ class Quotas:
 
     @contextlib.contextmanager
     def admit(self, key: Key) -> Iterator[None]:
-        """Book one request while the context is open; raises Overloaded, with the time to wait, above a limit."""
+        """Book one request while the context is open; raises RateLimited, with the time to wait, above a limit."""
         running = self._running.get(key.tenant, 0)
         if key.max_concurrent is not None and running >= key.max_concurrent:
-            raise Overloaded(f"{key.what} may run {key.max_concurrent} requests at a time", retry_after_s=1)
+            raise RateLimited(f"{key.what} may run {key.max_concurrent} requests at a time", retry_after_s=1)
         if key.requests_per_minute is not None:
             bucket = _bucket(self._requests, key.tenant, key.requests_per_minute, self._clock)
             if (wait_s := bucket.wait_s(1)) > 0:
-                raise Overloaded(f"{key.what} may ask {key.requests_per_minute:g} times a minute", retry_after_s=wait_s)
+                raise RateLimited(
+                    f"{key.what} may ask {key.requests_per_minute:g} times a minute", retry_after_s=wait_s
+                )
             bucket.take(1)
         self._running[key.tenant] = running + 1
         try:
@@ -69,12 +71,12 @@ class Quotas:
             del self._running[key.tenant]
 
     def take_tokens(self, key: Key, num_tokens: int) -> None:
-        """Book a request's prompt and most output; raises Overloaded when the key's minute is used up."""
+        """Book a request's prompt and most output; raises RateLimited when the key's minute is used up."""
         if key.tokens_per_minute is None:
             return
         bucket = _bucket(self._tokens, key.tenant, key.tokens_per_minute, self._clock)
         if (wait_s := bucket.wait_s(num_tokens)) > 0:
-            raise Overloaded(f"{key.what} may use {key.tokens_per_minute:g} tokens a minute", retry_after_s=wait_s)
+            raise RateLimited(f"{key.what} may use {key.tokens_per_minute:g} tokens a minute", retry_after_s=wait_s)
         bucket.take(num_tokens)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loractl.adapters.errors import ContextExceeded, Draining, NotFound, RepoNotFound
+from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.reference import Digest
 from loractl.server.access import Access, Key
 from loractl.server.bridge import Bridge
@@ -13,7 +14,7 @@ from loractl.server.engine.messages import Submit
 from loractl.server.fetch import AdapterSource, Found
 from loractl.server.generation import Caller, Limits, ServedAdapter
 from loractl.server.hub_events import HubEvents
-from loractl.server.metrics import ServerMetrics, Snapshot
+from loractl.server.metrics import TIERS, ServerMetrics, Snapshot, Tier
 from loractl.server.openai_wire import Common, EmbeddingRequest
 from loractl.server.prompts import Prompts
 from loractl.server.quota import Quotas
@@ -62,11 +63,13 @@ class Serving:
         access: Access | None = None,
         hub_events: HubEvents | None = None,
         tracing: Tracing | None = None,
+        disk: AdapterCache | None = None,
     ) -> None:
         self.settings = settings
         self.bridge = bridge
         self.source = source
         self.hub_events = hub_events
+        self.disk = disk
         self.prompts = prompts
         self.metrics = metrics
         self.tracing = tracing
@@ -109,17 +112,24 @@ class Serving:
         caller = f"{key.tenant}\0{request.user or ''}"
         if request.adapters is not None:
             named = [(each.name, each.weight) for each in request.adapters]
-            found = [
-                ServedAdapter(found=await self.find(name, key, caller=caller), weight=weight) for name, weight in named
-            ]
+            found = [self._served(await self.find(name, key, caller=caller), weight=weight) for name, weight in named]
         elif request.model == self.settings.base_name:
             return ()
         else:
-            found = [ServedAdapter(found=await self.find(request.model, key, caller=caller))]
+            found = [self._served(await self.find(request.model, key, caller=caller))]
         for adapter in found:
             self.metrics.name_adapter(adapter.found.digest, adapter.found.name)
             self.bridge.engine.prefetch(adapter.use)
         return tuple(found)
+
+    def _served(self, found: Found, *, weight: float = 1.0) -> ServedAdapter:
+        stats = self.bridge.stats
+        tier: Tier = "hit_disk" if found.from_disk else "miss"
+        if any(slot.digest == found.digest and not slot.loading for slot in stats.slots):
+            tier = "hit_gpu"
+        elif found.digest in stats.host_digests:
+            tier = "hit_host"
+        return ServedAdapter(found=found, weight=weight, tier=tier)
 
     def check_length(self, num_chars: int, *, field: str) -> None:
         """Raise ContextExceeded for a text that no window of tokens can hold, before seconds go into tokenizing it."""
@@ -157,12 +167,16 @@ class Serving:
         """Queue the sequences and watch them for the metrics."""
         ticket = self.bridge.open(submits)
         names = [adapter.found.name for adapter in adapters] or [self.settings.base_name]
+        tiers = {adapter.tier for adapter in adapters}
+        farthest: Tier | None = next((tier for tier in reversed(TIERS) if tier in tiers), None)
         tracks = [
             self.metrics.track_labels(found.name, found.version or found.digest[:19], found.track)
             for found in (adapter.found for adapter in adapters)
             if found.track is not None
         ]
-        return Watch(ticket, self.metrics, adapters=names, is_stream=is_stream, tracks=tracks, trace=trace)
+        return Watch(
+            ticket, self.metrics, adapters=names, is_stream=is_stream, tracks=tracks, tier=farthest, trace=trace
+        )
 
     def digest_of(self, name: str) -> Digest:
         """The digest that a name was last used with; raises NotFound."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from loractl.server.bridge import Ticket
 from loractl.server.canary import Track
 from loractl.server.engine.messages import Event, Failed, Finished, RequestId, Timing, Token
-from loractl.server.metrics import ServerMetrics
+from loractl.server.metrics import ServerMetrics, Tier
 from loractl.server.tracing import RequestTrace
 
 
@@ -22,6 +22,7 @@ class Watch:
         is_stream: bool,
         tracks: Sequence[tuple[str, str, Track]] = (),
         trace: RequestTrace | None = None,
+        tier: Tier | None = None,
     ) -> None:
         self.ticket = ticket
         self.ids: tuple[RequestId, ...] = ticket.ids
@@ -37,6 +38,8 @@ class Watch:
         self._itl = metrics.itl.labels(self._mode)
         self._tracks = tracks
         self._trace = trace
+        self._tier = tier
+        self.num_tokens = 0
         for name in self._adapters:
             metrics.adapter_requests.labels(name).inc()
         for track in tracks:
@@ -64,6 +67,7 @@ class Watch:
         return "decode" if self._last else "queued"
 
     def _saw_token(self, token: Token, now: float) -> None:
+        self.num_tokens += 1
         before = self._last.get(token.id)
         if before is None:
             self._ttft.observe(now - self._started)
@@ -83,9 +87,12 @@ class Watch:
         metrics.request_prompt_tokens.observe(end.num_prompt_tokens)
         metrics.request_output_tokens.observe(end.num_output_tokens)
         metrics.queue.observe(timing.queued_s)
-        metrics.adapter_wait.observe(timing.adapter_wait_s)
+        if self._tier is not None:
+            metrics.adapter_wait.labels(self._tier).observe(timing.adapter_wait_s)
         metrics.prefill.observe(timing.prefill_s)
         metrics.decode.observe(timing.decode_s)
+        if end.num_output_tokens > 1:
+            metrics.tpot.observe(timing.decode_s / (end.num_output_tokens - 1))
         for name in self._adapters:
             metrics.adapter_tokens.labels(name, "prompt").inc(end.num_prompt_tokens)
             metrics.adapter_tokens.labels(name, "generation").inc(end.num_output_tokens)
