@@ -16,7 +16,7 @@ from fakes import FakeEngine
 from loractl.adapters.reference import Digest
 from loractl.server.access import Access
 from loractl.server.bridge import Bridge, BridgeLimits
-from loractl.server.fetch import AdapterSource, Found, HubSide
+from loractl.server.fetch import AdapterSource, FetchLimits, Found, HubSide
 from loractl.server.metrics import ServerMetrics
 from loractl.server.prompts import Prompts
 from loractl.server.run import DrainingServer, open_socket, uvicorn_config
@@ -70,6 +70,7 @@ async def _live(
     limits: BridgeLimits | None = None,
     tracing: Tracing | None = None,
     prepare: Callable[[FakeEngine], None] = lambda engine: None,
+    fetch_limits: FetchLimits | None = None,
     **settings: Any,
 ) -> AsyncIterator[Live]:
     tokenizer = tiny_tokenizer()
@@ -85,7 +86,13 @@ async def _live(
     serving = Serving(
         settings=ServingSettings(base_name="tiny", base_fingerprint=FINGERPRINT, **settings),
         bridge=Bridge(make_engine, limits=limits, on_step=metrics.saw_step),
-        source=AdapterSource(local=_local(folder), hub=hub, base_fingerprint=FINGERPRINT),
+        source=AdapterSource(
+            local=_local(folder),
+            hub=hub,
+            base_fingerprint=FINGERPRINT,
+            limits=fetch_limits,
+            on_hub_call=metrics.saw_hub_call,
+        ),
         prompts=Prompts(tokenizer),
         metrics=metrics,
         access=access,

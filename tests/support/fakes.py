@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +38,8 @@ class FakeEngine:
 
     With an adapter, the answer starts with the adapter's digest, so that a test sees whose answer it got.
     `answer_text` makes it say that text instead, and then stop.
-    Faults to order: `raise_in_step` (once), `hang` (an Event that is waited for), `step_s`, `max_queue`, `max_running`.
+    Faults to order: `raise_in_step` (once), `hang` (an Event that is waited for).
+    Sizes to order: `step_s`, `max_queue`, `max_running`, `num_slots`.
     """
 
     def __init__(self, tokenizer: Any, *, max_model_len: int = 512, max_queue: int = 1000) -> None:
@@ -53,7 +54,8 @@ class FakeEngine:
         self.submitted: list[Submit] = []
         self.cancelled: list[RequestId] = []
         self.pinned: set[Digest] = set()
-        self.resident: dict[Digest, int] = {}
+        self.resident: OrderedDict[Digest, int] = OrderedDict()  # least recently used first
+        self.num_slots = 8
         self.failing: dict[Digest, Any] = {}
         self.is_closed = False
         self._inbox: deque[Submit | Cancel] = deque()
@@ -121,9 +123,9 @@ class FakeEngine:
             if broken:
                 events.append(Failed(id=message.id, error=broken[0]))
                 continue
-            for use in message.adapters:
-                self.resident.setdefault(use.digest, len(self.resident))
             self._rows[message.id] = _Row(message)
+            for use in message.adapters:
+                self._bring(use.digest)
         return events
 
     def _answer(self, row: _Row) -> list[int]:
@@ -184,8 +186,10 @@ class FakeEngine:
         )
 
     def stats(self) -> EngineStats:
+        with self._wake:
+            resident = list(self.resident)
         slots = tuple(
-            SlotStats(digest=digest, rank=4, pinned=digest in self.pinned, num_running=0) for digest in self.resident
+            SlotStats(digest=digest, rank=4, pinned=digest in self.pinned, num_running=0) for digest in resident
         )
         return EngineStats(
             waiting={"new": len(self._inbox), "turn": max(0, len(self._rows) - self.max_running)},
@@ -193,14 +197,26 @@ class FakeEngine:
             kv_blocks_total=100,
             kv_blocks_used=len(self._rows),
             block_size=16,
-            num_slots=8,
+            num_slots=self.num_slots,
             max_rank=64,
             slots=slots,
             counters=EngineCounters(max_distinct_adapters_in_step=self._max_distinct),
         )
 
     def prefetch(self, use: AdapterUse) -> None:
-        self.resident.setdefault(use.digest, len(self.resident))
+        # The real one brings it near; here that is a slot, if one is free.
+        if len(self.resident) < self.num_slots:
+            self._bring(use.digest)
+
+    def _bring(self, digest: Digest) -> None:
+        with self._wake:
+            self.resident.setdefault(digest, len(self.resident))
+            self.resident.move_to_end(digest)
+            rows = list(self._rows.values())
+            held = {use.digest for row in rows for use in row.submit.adapters} | self.pinned | {digest}
+            idle = [each for each in self.resident if each not in held]
+            for each in idle[: max(0, len(self.resident) - self.num_slots)]:
+                del self.resident[each]
 
     def pin(self, digest: Digest) -> None:
         if digest not in self.resident:

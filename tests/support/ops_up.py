@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,6 +20,7 @@ import yaml
 from chart_tools import program
 from tiny_models import make_tiny_base
 
+DASHBOARDS = Path(__file__).parents[2] / "charts" / "loractl" / "dashboards"
 RULES = Path(__file__).parents[2] / "charts" / "loractl" / "rules"
 PATIENCE_S = 120.0
 
@@ -110,12 +113,39 @@ def show(url: dict[str, str]) -> None:
     rules = wait_for("every rule evaluated", rules_evaluated)
     query = f"{api}/query?query=loractl_server_generation_tokens_total"
     tokens = wait_for("traffic seen", lambda: ((r := ask(query)["data"]["result"]) and float(r[0]["value"][1])) or None)
+    num_panels = show_dashboards(api)
     for rule in rules:
         print(f"{rule['health']:4} {rule.get('state', 'recording'):9} {rule['name']}")
+    print(f"{num_panels} expressions of the dashboards evaluated; every metric in them was scraped")
     print(f"{len(rules)} rules evaluated by Prometheus; it saw {tokens:.0f} generated tokens; both targets are up")
     raised = [rule["name"] for rule in rules if rule.get("state") in {"pending", "firing"}]
     if raised:
         raise SystemExit(f"a healthy hub and server raise alerts: {', '.join(raised)}")
+
+
+def show_dashboards(api: str) -> int:
+    """Have Prometheus evaluate every expression of the boards; raises SystemExit for one that it refuses."""
+    known = set(ask(f"{api}/metadata")["data"])
+    expressions = dashboard_expressions()
+    for expression in expressions:
+        query = urllib.parse.quote(expression)
+        answer = ask(f"{api}/query?query={query}")
+        if answer["status"] != "success":
+            raise SystemExit(f"Prometheus refuses {expression}")
+        for name in re.findall(r"loractl_[a-z0-9_]+", expression):
+            family = re.sub(r"_(bucket|sum|count)$", "", name)
+            # Python's client announces a counter without its ending.
+            if not {name, family, family.removesuffix("_total")} & known:
+                raise SystemExit(f"{name} of {expression} is on neither page")
+    return len(expressions)
+
+
+def dashboard_expressions() -> list[str]:
+    """Every expression of every panel, with the boards' variables filled in as Grafana would."""
+    panels = [panel for path in sorted(DASHBOARDS.glob("*.json")) for panel in json.loads(path.read_text())["panels"]]
+    filled = {"$namespace": ".*", "$job": ".*", "$__rate_interval": "1m"}
+    expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    return [re.sub("|".join(map(re.escape, filled)), lambda found: filled[found[0]], text) for text in expressions]
 
 
 if __name__ == "__main__":
