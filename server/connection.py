@@ -6,6 +6,8 @@ from typing import ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+_LAST_CHANCE_S = 1.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
@@ -64,7 +66,11 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _await_request(self) -> None:
         if self._awaiting_request is None and not self.transport.is_closing():
-            self._awaiting_request = self.loop.call_later(self.limits.header_timeout_s, self.transport.abort)
+            self._awaiting_request = self.loop.call_later(self.limits.header_timeout_s, self._last_chance)
+
+    def _last_chance(self) -> None:
+        # A loop that was late itself has not read yet what came long ago; once it turns, it reads before it cuts.
+        self._awaiting_request = self.loop.call_later(_LAST_CHANCE_S, self.transport.abort)
 
     def _await_reader(self) -> None:
         if self._awaiting_reader is None:

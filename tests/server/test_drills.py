@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from drills import BODY, LONG, encoded, open_request, print_figures, until
+from drills import BODY, LONG, encoded, open_request, print_figures, stream, until
 from loractl.adapters.errors import RepoNotFound
 from loractl.adapters.reference import AdapterRef, Digest
 from loractl.hub.client import ResolvedAdapter
@@ -93,9 +93,9 @@ async def test_herd_for_one_cold_adapter_downloads_it_once(start_server: Any, tm
     hub = CountingHub(tmp_path)
     live = await start_server(hub=hub)
     num_clients = 500 if LONG else 100
-    body = BODY | {"model": "team/a", "max_tokens": 2}
-    asked = [live.http.post("/v1/completions", json=body) for _ in range(num_clients)]
-    codes = [answer.status_code for answer in await asyncio.gather(*asked)]
+    body = encoded(model="team/a", max_tokens=2, stream=True)
+    port = int(live.url.rpartition(":")[2])
+    codes = [one.status for one in await asyncio.gather(*(stream(port, body) for _ in range(num_clients)))]
     assert codes == [200] * num_clients
     assert hub.num_fetches == 1
     print_figures("27", clients=num_clients, downloads=hub.num_fetches, resolves=hub.num_resolves)
