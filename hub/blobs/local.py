@@ -33,8 +33,9 @@ class LocalBlobStore(BlobStore):
     def __init__(self, root: Path) -> None:
         self._blobs = root / "blobs" / "sha256"
         self._staging = root / "staging"
-        self._blobs.mkdir(parents=True, exist_ok=True)
-        self._staging.mkdir(parents=True, exist_ok=True)
+        self._durable: set[Path] = set()
+        for folder in (root / "blobs", self._blobs, self._staging):
+            self._make_durable(folder)
 
     def _path(self, sha256: str) -> Path:
         return self._blobs / sha256[:2] / sha256[2:4] / sha256
@@ -63,15 +64,20 @@ class LocalBlobStore(BlobStore):
     def _publish(self, staged: Path, sha256: str) -> None:
         path = self._path(sha256)
         for folder in (path.parent.parent, path.parent):
-            if not folder.exists():
-                folder.mkdir(exist_ok=True)
-                _sync_folder(folder.parent)
+            self._make_durable(folder)
         reach("blob-before-rename")
         # Also over an equal file that is there: should that one be damaged, a push repairs it.
         staged.chmod(0o444)
         staged.replace(path)
         reach("blob-after-rename")
         _sync_folder(path.parent)
+
+    def _make_durable(self, folder: Path) -> None:
+        """Make a folder and see it on the disk, once: one that is there may be what a crash or a neighbour began."""
+        if folder not in self._durable:
+            folder.mkdir(exist_ok=True)
+            _sync_folder(folder.parent)
+            self._durable.add(folder)
 
     async def read(self, sha256: str, *, start: int = 0, stop: int | None = None) -> AsyncIterator[bytes]:
         try:

@@ -12,6 +12,7 @@ from loractl.adapters.reference import DEFAULT_REVISION, check_name_part
 from loractl.hub import tables
 from loractl.hub.actor import Actor, Right
 from loractl.hub.database import Database
+from loractl.hub.failpoints import reach
 from loractl.hub.registry.journal import emit, record
 from loractl.hub.registry.quotas import Quotas
 from loractl.hub.registry.records import EMPTY_COMMIT_TITLE, Repo, repo_of
@@ -142,6 +143,7 @@ class Repos:
             await self._make_main(connection, repo, actor=actor, now=now)
             await record(connection, actor, "repo.create", target=repo_id, detail={"private": private})
             await emit(connection, "repo.created", repo, {})
+            reach("repo-before-end")
         return CreatedRepo(repo, is_new=True)
 
     async def _existing(self, connection: AsyncConnection, repo_id: str) -> Repo | None:
