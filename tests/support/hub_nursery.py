@@ -108,7 +108,7 @@ def _main() -> None:
     import socket
 
     # What a hub imports when it first needs it is imported before any fork.
-    from loractl.hub import app, run  # noqa: F401
+    from loractl.hub import run
     from loractl.hub.settings import HubSettings
 
     children: set[int] = set()
