@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from loractl.adapters.errors import Unreachable, UsageError
+from loractl.hub.blobs.store import disk_full
 
 SQLITE_FILE = "hub.sqlite3"
 _BUSY_TIMEOUT_S = 30.0
@@ -75,7 +76,11 @@ class Database:
 def _as_unreachable() -> Iterator[None]:
     try:
         yield
-    except (OperationalError, InterfaceError, PoolTimeoutError, ConnectionError) as error:
+    except OperationalError as error:
+        if "disk is full" in str(error.orig):
+            raise disk_full() from error
+        raise Unreachable("the hub's database does not answer", retry_after_s=2.0) from error
+    except (InterfaceError, PoolTimeoutError, ConnectionError) as error:
         raise Unreachable("the hub's database does not answer", retry_after_s=2.0) from error
     except DBAPIError as error:
         if error.connection_invalidated:

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterable, AsyncIterator
 from pathlib import Path
 
 from loractl.adapters.errors import BlobMissing, Unreachable, WillNotFit
-from loractl.hub.blobs.store import BLOCK_BYTES, BlobStore, Hasher, ListedBlob, ReceivedBlob
+from loractl.hub.blobs.store import BLOCK_BYTES, BlobStore, Hasher, ListedBlob, ReceivedBlob, disk_full
 from loractl.hub.failpoints import reach
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -219,5 +219,5 @@ def _sync_folder(folder: Path) -> None:
 
 def _translated(error: OSError) -> Exception:
     if error.errno in _FULL:
-        return WillNotFit("the hub's disk is full", hint="free space on the hub, or run `loractl hub gc`")
+        return disk_full()
     return Unreachable(f"the hub's storage fails: {os.strerror(error.errno or 0)}", retry_after_s=5.0)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loractl.adapters.errors import BadData, BlobCorrupt
+from loractl.adapters.errors import BadData, BlobCorrupt, WillNotFit
 
 BLOCK_BYTES = 1 << 20
 """Reads go block by block, each checked against its CRC-32 before a byte of it is sent."""
@@ -39,6 +39,11 @@ class ListedBlob:
     sha256: str
     size_bytes: int
     modified_at: float
+
+
+def disk_full() -> WillNotFit:
+    """The refusal of what finds no room, for blobs and for the database beside them."""
+    return WillNotFit("the hub's disk is full", hint="free space on the hub, or run `loractl hub gc`")
 
 
 class Hasher:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,10 @@ class Nursery:
         while self.is_running(hatched):
             time.sleep(0.002)
 
+    def files(self, path: Path) -> Path:
+        """A path as the hubs see it, for one who is outside of their mounts."""
+        return Path(f"/proc/{self._process.pid}/root{path}")
+
     def _ask(self, order: dict[str, Any]) -> Hatched:
         answer = self._say(order)
         self._admin = answer.get("admin") or self._admin
@@ -87,11 +91,11 @@ class Nursery:
 
 
 @contextlib.contextmanager
-def nursery(log: Path) -> Iterator[Nursery]:
-    """Run the forking process until the block ends; its hubs end with it."""
+def nursery(log: Path, *, inside: Sequence[str] = ()) -> Iterator[Nursery]:
+    """Run the forking process until the block ends; its hubs end with it. `inside`: a command that runs it."""
     with log.open("ab") as stream:
         process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True
+            [*inside, sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True
         )
     try:
         yield Nursery(log, process)

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -71,10 +72,8 @@ def test_power_cut_leaves_the_state_before_or_after(tmp_path: Path) -> None:
 
 
 def _has_schema(root: Path) -> bool:
-    import sqlite3
-
     connection = sqlite3.connect(root / SQLITE_FILE)
     try:
-        return connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'repo'").fetchone() == (1,)
+        return bool(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'repo'").fetchone())
     finally:
         connection.close()
