@@ -23,7 +23,7 @@ OID, SHA, AT = "a" * 40, "b" * 64, 1_790_000_000.0
 ROWS: dict[str, dict[str, Any]] = {
     "namespace": {"name": "team", "quota_bytes": 10**12, "created_at": AT},
     "repo": {
-        "id": 1, "namespace": "team", "name": "name", "folded": "team/name", "private": True, "created_at": AT,
+        "namespace": "team", "name": "name", "folded": "team/name", "private": True, "created_at": AT,
         "updated_at": AT, "num_downloads": 5, "next_version": 2,
     },
     "blob": {"sha256": SHA, "size_bytes": 3, "state": "ready", "touched_at": AT, "block_crc32": b"1234"},
