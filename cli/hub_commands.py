@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -12,6 +12,9 @@ from loractl.adapters.errors import BadData
 from loractl.cli.hub_admin_commands import audit, quota, webhook
 from loractl.cli.output import print_json, print_note, print_table
 from loractl.hub.settings import HubSettings, read_settings
+
+if TYPE_CHECKING:
+    from loractl.hub.fsck import Report
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -187,6 +190,10 @@ def fsck(no_read_data: bool, as_json: bool, **place: Any) -> None:
             f"{report.num_commits} commits, {report.num_blobs} blobs, {report.num_bytes:,} bytes; "
             f"{len(report.orphans)} orphans, which gc takes"
         )
+    _check_sound(report)
+
+
+def _check_sound(report: "Report") -> None:
     if not report.is_sound:
         lost = [*report.missing, *report.corrupt, *report.broken_refs]
         raise BadData(
@@ -194,3 +201,49 @@ def fsck(no_read_data: bool, as_json: bool, **place: Any) -> None:
             f"{len(report.broken_refs)} broken refs: {', '.join(lost[:5])}",
             hint="restore them from a backup, or push the same files again",
         )
+
+
+@hub.command()
+@place_options
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def backup(folder: Path, as_json: bool, **place: Any) -> None:
+    """Copy the whole hub into FOLDER, while it is in use.
+
+    The database is taken at one moment, then every blob that it names, hashed on the way. A folder that holds an older
+    backup takes only what is new. PostgreSQL is saved as SQLite and S3 as files, so a backup restores anywhere.
+
+    \b
+    Examples:
+      loractl hub backup /backups/hub
+    """
+    from loractl.hub.backup import back_up
+
+    done = run(back_up(read_settings(**place), folder))
+    if as_json:
+        print_json(asdict(done))
+        return
+    print_note(f"{folder}: {done.num_blobs} blobs, {done.num_bytes:,} bytes; {done.num_copied} were new")
+
+
+@hub.command()
+@place_options
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def restore(folder: Path, as_json: bool, **place: Any) -> None:
+    """Make a hub of the backup in FOLDER, in a place that holds none.
+
+    Tokens, channels, history and blobs are as they were; --database-url and --blobs may name other kinds than before.
+
+    \b
+    Examples:
+      loractl hub restore /backups/hub --root hub2
+    """
+    from loractl.hub.backup import restore as restore_hub
+
+    report = run(restore_hub(read_settings(**place), folder))
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_note(f"{report.num_commits} commits, {report.num_blobs} blobs, {report.num_bytes:,} bytes are there")
+    _check_sound(report)
