@@ -64,6 +64,9 @@ drills: dev ## The fault drills at full length, figures printed (minutes)
 bench-train: dev ## Training against transformers' Trainer, fleets against single runs (20 minutes, a quiet machine)
 	PYTHONPATH=tests/support:tests/demo $(BIN)/python tests/bench/bench_train.py
 
+bench-hub: dev ## The hub's speed beside cp and sha256sum, and how lookups grow, as JSON lines (minutes)
+	PYTHONPATH=tests/support $(BIN)/python tests/bench/bench_hub.py
+
 ops-up: dev ## A real Prometheus on a real hub and server: the alert rules evaluate, then all ends
 	PYTHONPATH=tests/support $(BIN)/python tests/support/ops_up.py
 
@@ -73,4 +76,4 @@ clean: ## Remove what was made here (not the caches in ~/.cache/loractl)
 conformance: dev ## The Hugging Face protocol, every client on both kinds of hub (ONLY=0.36.2 picks); JUnit in build/conformance
 	$(BIN)/python tests/support/run_conformance.py --all $(if $(ONLY),--only $(ONLY))
 
-.PHONY: bench-train conformance help ns dev lint types check test help-snapshots demo charts charts-checkov drills ops-up clean
+.PHONY: bench-hub bench-train conformance help ns dev lint types check test help-snapshots demo charts charts-checkov drills ops-up clean

@@ -175,10 +175,11 @@ class HubClient:
         self._check_reachable()
         with client_errors.translated(self.endpoint, about=ref.repo_id):
             before = self._make_channel(ref, channel, private=private)
-            commit = self._commit(folder, ref, channel, parent=before, message=message or f"Push {ref.repo_id}")
-        digest = adapter_digest(
-            config_sha256=file_sha256(folder / CONFIG_FILE), weights_sha256=file_sha256(folder / WEIGHTS_FILE)
-        )
+            files = self._additions(folder)
+            commit = self._commit(files, ref, channel, parent=before, message=message or f"Push {ref.repo_id}")
+        # Hashed once, when they were made ready to be sent.
+        config, weights = (files[name].upload_info.sha256.hex() for name in (CONFIG_FILE, WEIGHTS_FILE))
+        digest = adapter_digest(config_sha256=config, weights_sha256=weights)
         version = self._version_of(ref, commit)
         return Pushed(repo_id=ref.repo_id, version=version, commit=commit, digest=digest, created=commit != before)
 
@@ -279,15 +280,18 @@ class HubClient:
         refs = self._hf.list_repo_refs(ref.repo_id)
         return next((str(branch.target_commit) for branch in refs.branches if branch.name == channel), None)
 
-    def _commit(self, folder: Path, ref: AdapterRef, channel: str, *, parent: str | None, message: str) -> str:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    def _additions(self, folder: Path) -> dict[str, Any]:
+        from huggingface_hub import CommitOperationAdd
 
         names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        operations: list[Any] = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in names.items()
-        ]
+        return {name: CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in names.items()}
+
+    def _commit(self, files: dict[str, Any], ref: AdapterRef, channel: str, *, parent: str | None, message: str) -> str:
+        from huggingface_hub import CommitOperationDelete
+
+        operations: list[Any] = list(files.values())
         present = self._hf.list_repo_files(ref.repo_id, revision=channel) if parent else []
-        gone = sorted(set(present) - names.keys() - {".gitattributes"})
+        gone = sorted(set(present) - files.keys() - {".gitattributes"})
         operations += [CommitOperationDelete(path_in_repo=name) for name in gone]
         made = self._hf.create_commit(
             ref.repo_id, operations, commit_message=message, revision=channel, parent_commit=parent

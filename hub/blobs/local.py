@@ -177,27 +177,38 @@ class _Counter(Hasher):
 
 
 async def _write_all(path: Path, chunks: AsyncIterable[bytes], *, hasher: Hasher, max_bytes: int | None) -> None:
-    """Write and hash in a thread, about a block at a time; fsynced when this returns."""
+    """Write and hash in a thread, about a block at a time, while the next one arrives; fsynced when this returns."""
     stream = await asyncio.to_thread(path.open, "xb", buffering=0)
+    writing: asyncio.Future[None] | None = None
     with stream:
         pending = bytearray()
-        async for chunk in chunks:
-            pending += chunk
-            if max_bytes is not None and hasher.size_bytes + len(pending) > max_bytes:
-                raise WillNotFit(f"more bytes arrive than the {max_bytes} that were announced or are allowed")
-            if len(pending) >= BLOCK_BYTES:
-                full, pending = bytes(pending), bytearray()
-                await asyncio.to_thread(_write_piece, stream.fileno(), full, hasher)
-        await asyncio.to_thread(_write_piece, stream.fileno(), bytes(pending), hasher)
+        num_bytes = 0
+        try:
+            async for chunk in chunks:
+                pending += chunk
+                num_bytes += len(chunk)
+                if max_bytes is not None and num_bytes > max_bytes:
+                    raise WillNotFit(f"more bytes arrive than the {max_bytes} that were announced or are allowed")
+                if len(pending) >= BLOCK_BYTES:
+                    full, pending = pending, bytearray()
+                    if writing is not None:
+                        await writing
+                    writing = asyncio.ensure_future(asyncio.to_thread(_write_piece, stream.fileno(), full, hasher))
+        finally:
+            # Also when the client left: the file is not closed under a thread that writes to it.
+            if writing is not None:
+                await asyncio.shield(writing)
+        await asyncio.to_thread(_write_piece, stream.fileno(), pending, hasher)
         reach("blob-before-fsync")
         await asyncio.to_thread(os.fsync, stream.fileno())
 
 
-def _write_piece(descriptor: int, data: bytes, hasher: Hasher) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    hasher.update(data)
+def _write_piece(descriptor: int, data: bytearray, hasher: Hasher) -> None:
+    with memoryview(data) as view:
+        written = 0
+        while written < len(view):
+            written += os.write(descriptor, view[written:])
+        hasher.update(view)
 
 
 def _listed(folder: Path) -> list[ListedBlob]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy import ColumnElement, and_, exists, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from loractl.adapters.digest import CARD_FILE, CONFIG_FILE, MANIFEST_FILE
@@ -180,16 +180,26 @@ async def _page(
     connection: AsyncConnection, wanted: Search, cursor: str | None, limit: int, *, actor: Actor
 ) -> list[Found]:
     repo, commit, ref = tables.repo, tables.commit, tables.ref
-    joined = repo.join(ref, and_(ref.c.repo == repo.c.id, ref.c.name == DEFAULT_REVISION)).join(
-        commit, commit.c.oid == ref.c.commit_oid
-    )
     column = repo.c[wanted.sort]
-    conditions = _conditions(wanted, actor)
+    on_repo, on_head = _conditions(wanted, actor)
     if cursor is not None:
         value, key = _read_cursor(cursor)
-        conditions.append(or_(column < value, and_(column == value, repo.c.id < key)))
-    query = select(repo, *(item.label(f"c_{item.name}") for item in commit.c)).select_from(joined).where(*conditions)
-    rows = (await connection.execute(query.order_by(column.desc(), repo.c.id.desc()).limit(limit))).all()
+        on_repo.append(or_(column < value, and_(column == value, repo.c.id < key)))
+    # Asked per repo, so that the walk along the sorted index ends with the page; a join would be sorted as a whole.
+    head_fits = (
+        select(ref.c.repo)
+        .select_from(ref.join(commit, commit.c.oid == ref.c.commit_oid))
+        .where(ref.c.repo == repo.c.id, ref.c.name == DEFAULT_REVISION, *on_head)
+        .correlate(repo)
+    )
+    query = select(repo).where(*on_repo, exists(head_fits)).order_by(column.desc(), repo.c.id.desc()).limit(limit)
+    part = query.subquery("part")
+    joined = part.join(ref, and_(ref.c.repo == part.c.id, ref.c.name == DEFAULT_REVISION)).join(
+        commit, commit.c.oid == ref.c.commit_oid
+    )
+    columns = [*part.c, *(item.label(f"c_{item.name}") for item in commit.c)]
+    whole = select(*columns).select_from(joined).order_by(part.c[wanted.sort].desc(), part.c.id.desc())
+    rows = (await connection.execute(whole)).all()
     found: list[Found] = []
     for row in rows:
         head = _Prefixed(row._mapping)
@@ -207,24 +217,26 @@ class _Prefixed:
         return self._values[f"c_{name}"]
 
 
-def _conditions(wanted: Search, actor: Actor) -> list[ColumnElement[bool]]:
+def _conditions(wanted: Search, actor: Actor) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]]]:
+    """What must hold of the repo, and what of the commit that its `main` points to."""
     repo, commit = tables.repo, tables.commit
-    conditions: list[ColumnElement[bool]] = []
+    on_repo: list[ColumnElement[bool]] = []
+    on_head: list[ColumnElement[bool]] = []
     if not actor.pattern:
-        conditions.append(repo.c.private.is_(False))
-    if wanted.base is not None:
-        conditions.append(or_(commit.c.base_id == wanted.base, commit.c.base_fingerprint == wanted.base))
-    if wanted.task is not None:
-        conditions.append(func.lower(commit.c.task) == wanted.task.lower())
-    if wanted.rank is not None:
-        conditions.append(commit.c.rank == wanted.rank)
+        on_repo.append(repo.c.private.is_(False))
     if wanted.namespace is not None:
-        conditions.append(repo.c.namespace == wanted.namespace)
+        on_repo.append(repo.c.namespace == wanted.namespace)
+    if wanted.base is not None:
+        on_head.append(or_(commit.c.base_id == wanted.base, commit.c.base_fingerprint == wanted.base))
+    if wanted.task is not None:
+        on_head.append(func.lower(commit.c.task) == wanted.task.lower())
+    if wanted.rank is not None:
+        on_head.append(commit.c.rank == wanted.rank)
     if wanted.author is not None:
-        conditions.append(commit.c.author == wanted.author)
+        on_head.append(commit.c.author == wanted.author)
     if wanted.text:
         folded = wanted.text.casefold()
-        conditions.append(
+        on_head.append(
             or_(
                 repo.c.folded.contains(folded, autoescape=True),
                 func.lower(commit.c.base_id).contains(folded, autoescape=True),
@@ -233,8 +245,8 @@ def _conditions(wanted: Search, actor: Actor) -> list[ColumnElement[bool]]:
             )
         )
     # A tag is found as the quoted element of the JSON list.
-    conditions += [commit.c.tags.contains(msgspec.json.encode(tag).decode(), autoescape=True) for tag in wanted.tags]
-    return conditions
+    on_head += [commit.c.tags.contains(msgspec.json.encode(tag).decode(), autoescape=True) for tag in wanted.tags]
+    return on_repo, on_head
 
 
 def _cursor(sort: str, repo: Repo) -> str:
