@@ -66,6 +66,13 @@ class Database:
             return False
         return True
 
+    def connections(self) -> dict[str, int]:
+        """How many connections of the pool are in use and how many wait for work."""
+        pool = self.engine.pool
+        if not isinstance(pool, AsyncAdaptedQueuePool):
+            return {}
+        return {"busy": pool.checkedout(), "idle": pool.checkedin()}
+
     async def close(self) -> None:
         await self.engine.dispose()
         if self._writer is not self.engine:

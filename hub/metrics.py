@@ -1,5 +1,8 @@
 """What the hub counts for Prometheus; no label carries a name that a client chose. Knows no route and no rule."""
 
+import contextlib
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from loractl.adapters.errors import LoractlError
@@ -24,6 +27,15 @@ class HubMetrics:
         )  # fmt: skip
         self.http_in_flight = Gauge("loractl_hub_http_in_flight", "Requests being answered.", registry=registry)
         self.upload_bytes = Counter("loractl_hub_upload_bytes_total", "Bytes of files taken in.", registry=registry)
+        self.uploads_in_progress = Gauge(
+            "loractl_hub_uploads_in_progress", "Files and parts of files that are arriving.", registry=registry
+        )
+        self.upload_seconds = Histogram(
+            "loractl_hub_upload_seconds",
+            "Time to take in one file or part of one.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
         self.download_bytes = Counter(
             "loractl_hub_download_bytes_total", "Bytes of files sent.", ["backend"], registry=registry
         )
@@ -38,6 +50,10 @@ class HubMetrics:
         self.blob_bytes = Gauge("loractl_hub_blob_bytes", "Their bytes.", registry=registry)
         self.repos = Gauge("loractl_hub_repos", "Repos.", registry=registry)
         self.revisions = Gauge("loractl_hub_revisions", "Commits.", registry=registry)
+        self.db_connections = Gauge("loractl_hub_db_pool", "Connections to the database.", ["state"], registry=registry)
+        self.deliveries_pending = Gauge(
+            "loractl_hub_webhook_deliveries_pending", "Messages to webhooks that wait to be sent.", registry=registry
+        )
         self.storage_free_bytes = Gauge(
             "loractl_hub_storage_free_bytes", "Room left for blobs, where there is an end.", registry=registry
         )
@@ -45,6 +61,12 @@ class HubMetrics:
         self.blob_errors = Counter(
             "loractl_hub_blob_errors_total", "Blobs that were found missing or damaged.", ["kind"], registry=registry
         )
+
+    @contextlib.contextmanager
+    def upload(self) -> Iterator[None]:
+        """Count an upload while the block lasts, and how long it took."""
+        with self.uploads_in_progress.track_inprogress(), self.upload_seconds.time():
+            yield
 
     def text(self) -> bytes:
         """The page that Prometheus reads."""

@@ -33,6 +33,9 @@ async def metrics(hub: HubDep) -> Response[bytes]:
         hub.metrics.blob_bytes.set(blob_bytes)
         hub.metrics.repos.set(num_repos)
         hub.metrics.revisions.set(num_commits)
+        hub.metrics.deliveries_pending.set(await hub.webhooks.num_pending())
+    for state, num_connections in hub.database.connections().items():
+        hub.metrics.db_connections.labels(state=state).set(num_connections)
     if checks["blobs"] and (free := await hub.store.free_bytes()) is not None:
         hub.metrics.storage_free_bytes.set(free)
     return Response(hub.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -128,7 +128,8 @@ async def put_object(
     """Take a whole object; the address says which, how large, for which repo and until when."""
     hub.signer.check(signature, "object", repo_key, oid, size)
     repo = await hub.repos.by_key(repo_key)
-    await hub.ledger.keep(repo, body_chunks(request, max_bytes=size), sha256=oid, size_bytes=size)
+    with hub.metrics.upload():
+        await hub.ledger.keep(repo, body_chunks(request, max_bytes=size), sha256=oid, size_bytes=size)
     hub.metrics.upload_bytes.inc(size)
     return Response(b"", media_type="text/plain", headers={"ETag": f'"{oid}"'})
 
@@ -151,9 +152,10 @@ async def put_part(
     """Take one part of an object; sending it again replaces it."""
     hub.signer.check(signature, "part", session, number, size)
     await hub.uploads.session_repo(session, "multipart")
-    num_bytes = await hub.uploads.stage_part(
-        session, f"{number:05d}", body_chunks(request, max_bytes=size), max_bytes=size
-    )
+    with hub.metrics.upload():
+        num_bytes = await hub.uploads.stage_part(
+            session, f"{number:05d}", body_chunks(request, max_bytes=size), max_bytes=size
+        )
     if num_bytes != size:
         raise BadRequest(f"part {number} has {num_bytes} bytes where {size} were announced", hint="send it again")
     hub.metrics.upload_bytes.inc(size)

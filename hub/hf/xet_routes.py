@@ -55,9 +55,10 @@ async def put_xorb(request: AnyRequest, hub: HubDep, session: FromPath[str], xor
     await _session_repo(request, hub, session)
     if not XET_HASH.fullmatch(xorb):
         raise BadRequest("a xorb is named by 64 hex digits")
-    num_bytes = await hub.uploads.stage_part(
-        session, xorb, body_chunks(request, max_bytes=MAX_XORB_BYTES), max_bytes=MAX_XORB_BYTES
-    )
+    with hub.metrics.upload():
+        num_bytes = await hub.uploads.stage_part(
+            session, xorb, body_chunks(request, max_bytes=MAX_XORB_BYTES), max_bytes=MAX_XORB_BYTES
+        )
     await hub.xet.check_xorb(session, xorb)
     hub.metrics.upload_bytes.inc(num_bytes)
     return {"was_inserted": True}

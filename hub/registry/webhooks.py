@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy import Row, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from loractl.adapters.errors import BadRequest, Conflict, NotAllowed, NotFound
@@ -78,6 +78,13 @@ class Webhooks:
         async with self._database.read() as connection:
             rows = (await connection.execute(select(tables.webhook).order_by(tables.webhook.c.id.desc()))).all()
         return [_view(row) for row in rows if _may_manage(actor, row)]
+
+    async def num_pending(self) -> int:
+        """Deliveries that wait to be sent, over all webhooks."""
+        table = tables.delivery
+        async with self._database.read() as connection:
+            query = select(func.count()).select_from(table).where(table.c.state == PENDING)
+            return int((await connection.execute(query)).scalar_one())
 
     async def delete(self, number: int, *, actor: Actor) -> WebhookView:
         """Take one away with its journal; raises NotFound."""

@@ -97,3 +97,14 @@ def test_quota_is_for_admins_of_the_hub_and_its_body_is_checked(hub: LiveHub) ->
         for body in ({"size_bytes": -1}, {"bytes": 1}, {"num_repos": "many"}):
             assert http.put(f"{_API}/quotas/team", json=body).status_code == 400
         assert http.put(f"{_API}/quotas/..", json={}).status_code in {400, 404}
+
+
+def test_metrics_tell_of_uploads_pool_and_backlog(folder_hub: LiveHub, adapter: Path) -> None:
+    push(folder_hub, adapter)
+    with folder_hub.http("") as http:
+        page = http.get("/metrics").text
+    found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in page.splitlines() if line[0] != "#"}
+    assert found["loractl_hub_upload_seconds_count"] >= 1
+    assert found["loractl_hub_upload_bytes_total"] >= (adapter / "adapter_model.safetensors").stat().st_size
+    assert found["loractl_hub_uploads_in_progress"] == found["loractl_hub_webhook_deliveries_pending"] == 0
+    assert found['loractl_hub_db_pool{state="busy"}'] + found['loractl_hub_db_pool{state="idle"}'] >= 1
