@@ -88,6 +88,7 @@ def copy_and_hash(source: Path, target: Path) -> None:
 def bench_transfer(work: Path) -> None:
     """Push and pull, in turn with the yardstick, so that a slow spell of the machine meets all of them."""
     times: dict[str, list[float]] = {}
+    size = 0
     with hub_process(work / "hub") as hub:
         for turn in range(_ROUNDS):
             folder = make_adapter(work / f"adapter{turn}", seed=turn)

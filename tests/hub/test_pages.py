@@ -97,6 +97,7 @@ def _fill(hub: LiveHub, adapter: Path, other_adapter: Path, folder: Path) -> Non
         client.promote(AdapterRef("demo", "reviews", "v1"), "prod", reason="canary was fine")
         client.promote(AdapterRef("demo", "reviews", "v2"), "prod", reason="better on held-out films")
         client.rollback(reviews, "prod", reason="complaints about irony")
+        client.promote(AdapterRef("demo", "reviews", "v2"), "prod", share=0.1, reason="try it again")
         client.push(other_adapter, AdapterRef("lab", "plain"))
         client.push(adapter, AdapterRef("secret", "plans"), private=True)
 
@@ -155,6 +156,7 @@ async def test_adapter_page_tells_everything_that_the_hub_knows(shelf: LiveHub, 
     for text in (
         "460,800", "1,710, 90 held out", "reviews.csv", "First try", "More rows, twice the rate",
         "better on held-out films", "complaints about irony", "adapter_model.safetensors", "trained in",
+        "canary: 10 % on v2",
     ):  # fmt: skip
         await expect(main.get_by_text(text).first).to_be_visible()
     await expect(page.get_by_role("img", name="Training loss over 214 steps")).to_be_visible()
