@@ -125,22 +125,58 @@ def _report(tasks: Any, outcomes: Any, *, as_json: bool) -> int:
 
 @click.command()
 @_recipe_options
-def plan(*, as_json: bool, **flags: Any) -> None:
+@click.option("--probe", is_flag=True, help="Load the base and time two rows.")
+@click.option("--server", metavar="URL", help="Also ask this server whether it will take the adapter.")
+@click.option("--key", envvar="LORACTL_API_KEY", help="The server's API key, with the admin right.")
+def plan(*, as_json: bool, probe: bool, server: str | None, key: str | None, **flags: Any) -> int:
     """Say what `train` would do, with memory and steps; loads no weights.
 
-    \b
-    Example:
-      loractl plan --preset article --base BASE --data reviews.csv
-    """
-    recipe = _recipe(flags | {"recipe": Path(flags["recipe"][0]) if flags["recipe"] else None})
-    from loractl.adapters.training.planning import make_plan
+    Exits with 4 where the run would not fit in memory, with 5 where the server would refuse its adapter.
 
-    facts = make_plan(recipe)
+    \b
+    Examples:
+      loractl plan --preset article --base BASE --data reviews.csv
+      loractl plan recipe.yaml --probe --server http://127.0.0.1:8800
+    """
+    from dataclasses import asdict, replace
+
+    from loractl.adapters.errors import Incompatible, WillNotFit
+    from loractl.adapters.training.planning import make_plan, probe_seconds
+    from loractl.cli.plan_text import plan_lines, server_line
+
+    recipe = _recipe(flags | {"recipe": Path(flags["recipe"][0]) if flags["recipe"] else None})
+    made = make_plan(recipe)
+    if probe:
+        print_note("loading the base for the probe ...")
+        made = replace(made, seconds=probe_seconds(recipe, made))
+    findings = _asked(made, server.rstrip("/"), key) if server else []
+    refused = any(one.fits is False for one in findings)
     if as_json:
-        print_json(facts)
-        return
-    for name, value in facts.items():
-        click.echo(f"{name:<24} {value:,}" if isinstance(value, int) else f"{name:<24} {value}")
+        memory = {name: asdict(part) | {"total": part.total} for name, part in _memories(made)}
+        print_json(asdict(made) | memory | {"fits": made.fits, "server": [asdict(one) for one in findings]})
+    else:
+        for line in plan_lines(made) + ([server_line(findings)] if findings else []):
+            click.echo(line)
+        print_note("plan ok" if made.fits and not refused else "this plan will not do")
+    if refused:
+        return Incompatible.exit_code
+    return 0 if made.fits else WillNotFit.exit_code
+
+
+def _asked(made: Any, server: str, key: str | None) -> list[Any]:
+    """What the server says to the plan; one that does not answer leaves the plan unchecked, not undone."""
+    from loractl.adapters.errors import Unreachable
+    from loractl.cli.plan_server import compare_with_server
+
+    try:
+        return compare_with_server(made, server, key)
+    except Unreachable as error:
+        print_note(f"unchecked: {error.message}")
+        return []
+
+
+def _memories(made: Any) -> list[tuple[str, Any]]:
+    return [("memory", made.memory), ("full_fine_tuning", made.full_fine_tuning)]
 
 
 def _fleet_recipes(flags: dict[str, Any], axes: tuple[str, ...]) -> list[Any]:

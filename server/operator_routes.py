@@ -49,6 +49,7 @@ class Status(msgspec.Struct, kw_only=True):
     running: int
     waiting: dict[str, int]
     num_slots: int
+    max_rank: int
     kv_usage_ratio: float
     max_distinct_adapters_in_step: int
     num_prompt_tokens: int
@@ -206,6 +207,7 @@ def _status(serving: Serving) -> Status:
         running=stats.running,
         waiting=dict(stats.waiting),
         num_slots=stats.num_slots,
+        max_rank=stats.max_rank,
         kv_usage_ratio=kv_usage(stats),
         max_distinct_adapters_in_step=stats.counters.max_distinct_adapters_in_step,
         num_prompt_tokens=stats.counters.num_prompt_tokens,

@@ -11,7 +11,7 @@ from loractl.adapters.training.batches import Tensors, collate
 from loractl.adapters.training.examples import Example
 
 # Logits of more positions than this are computed again in the backward pass instead of being kept.
-_CHUNK_POSITIONS = 512
+CHUNK_POSITIONS = 512
 
 
 def summed_loss(model: Any, batch: Sequence[Example]) -> torch.Tensor:
@@ -43,8 +43,8 @@ def position_losses(model: Any, before: torch.Tensor, targets: torch.Tensor) -> 
     def part(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head(hidden).float(), wanted, reduction="none")
 
-    if len(targets) <= _CHUNK_POSITIONS or not torch.is_grad_enabled():
+    if len(targets) <= CHUNK_POSITIONS or not torch.is_grad_enabled():
         return part(before, targets)
-    pieces = zip(torch.split(before, _CHUNK_POSITIONS), torch.split(targets, _CHUNK_POSITIONS), strict=True)
+    pieces = zip(torch.split(before, CHUNK_POSITIONS), torch.split(targets, CHUNK_POSITIONS), strict=True)
     losses: list[torch.Tensor] = [checkpoint(part, hidden, wanted, use_reentrant=False) for hidden, wanted in pieces]
     return torch.cat(losses)

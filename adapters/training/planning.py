@@ -1,57 +1,261 @@
-"""What a run would take, from shapes alone: rows, tokens, steps and bytes. Loads no weights."""
+"""What a run would take: rows, tokens, steps, and bytes by part beside full fine-tuning. Loads no weights.
+
+Activations are counted, not guessed: the model runs on torch's meta device, where tensors have shapes and no memory,
+and what autograd would keep for the backward pass is summed.
+"""
 
 import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from loractl.adapters.base_loading import pick_dtype, quiet_libraries, teach_layout
+from loractl.adapters.training.batches import MICRO_BATCH_TOKENS, micro_batches, num_steps, step_rows
+from loractl.adapters.training.data_summary import DataSummary
+from loractl.adapters.training.examples import Example
+from loractl.adapters.training.loss import CHUNK_POSITIONS
 from loractl.adapters.training.recipe import Recipe
+from loractl.adapters.training.rows import rows_digest
+from loractl.adapters.training.run import Inputs, prepare, resolve_numbers
 
-_ADAPTER_BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two Adam moments
-_BYTES_PER_LINEAR_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 0.127 / 8, "none": 2.0}
+_ADAM_BYTES = 16  # float32 weight, gradient and two moments
+_QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 0.127 / 8}
+# Logits of a chunk: in the model's type, in float32, and the gradients of both.
+_LOGIT_BYTES = 12
+# What the process holds beyond tensors once a step has run: compiled products, threads' stacks, the allocator's slack.
+_RUNTIME_EXTRA_BYTES = 160 << 20
 
 
-def make_plan(recipe: Recipe) -> dict[str, Any]:
-    """Return the ledger of a run; raises what `train` would raise before its first step."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes at the peak of a run, by what they are for."""
+
+    base: int
+    adapter: int
+    """Adapter, its gradients and optimizer state; all weights for full fine-tuning."""
+    activations: int
+    loss: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapter + self.activations + self.loss + self.runtime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All that is known of a run before it."""
+
+    base_id: str
+    base_fingerprint: str
+    base_chat_template_sha256: str | None
+    quantize: str
+    data: DataSummary
+    data_digest: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    num_modules: int
+    num_parameters: int
+    learning_rate: float
+    epochs: float
+    num_steps: int
+    rows_per_step: int
+    num_padded_tokens: int
+    """Tokens that go through the model in the whole run, padding included."""
+    memory: Memory
+    full_fine_tuning: Memory
+    available_bytes: int | None
+    device: str
+    seconds: float | None = None
+    """Length of the run by a probe, where one was made."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is below what the device has free."""
+        return self.available_bytes is None or self.memory.total <= self.available_bytes
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Plan a run; raises what `train` would raise before its first step."""
     import torch
+
+    quiet_libraries()
+    recipe = resolve_numbers(recipe)
+    inputs = prepare(recipe)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = pick_dtype(recipe.dtype, device=device)
+    model, targets = _empty_model(inputs.folder, recipe, dtype=dtype, device=device)
+    width = dtype.itemsize
+    linear, other, num_adapter, num_modules = _count(model)
+    micros = _micro_batches(inputs.train, recipe)
+    largest = max(micros, key=lambda micro: len(micro) * len(micro[-1].ids) ** 1.2)
+    num_rows, num_tokens = len(largest), max(len(example.ids) for example in largest)
+    recompute = bool(recipe.train.checkpoint_activations)
+    activations = _activation_bytes(model, num_rows=num_rows, num_tokens=num_tokens, recompute=recompute)
+    num_learned = max(sum(example.num_learned for example in micro) for micro in micros)
+    loss = min(num_learned, CHUNK_POSITIONS) * int(model.config.vocab_size) * _LOGIT_BYTES
+    base = round(linear * _QUANTIZED_BYTES.get(recipe.quantize, width)) + other * width
+    if recipe.quantize == "int8" and device == "cpu" and recipe.train.expand_int8 is not False:
+        base += linear * width
+    runtime = _runtime_bytes(device)
+    with model.disable_adapter():
+        model.get_base_model().requires_grad_(True)
+        of_all = _activation_bytes(model, num_rows=num_rows, num_tokens=num_tokens, recompute=recompute)
+    full = Memory(base=0, adapter=(linear + other) * _ADAM_BYTES, activations=of_all, loss=loss, runtime=runtime)
+    return Plan(
+        base_id=inputs.identity.id,
+        base_fingerprint=inputs.identity.fingerprint,
+        base_chat_template_sha256=inputs.identity.chat_template_sha256,
+        quantize=recipe.quantize,
+        data=inputs.summary,
+        data_digest=rows_digest(inputs.rows),
+        rank=recipe.adapter.rank,
+        alpha=recipe.adapter.alpha,
+        targets=tuple(targets),
+        num_modules=num_modules,
+        num_parameters=num_adapter,
+        learning_rate=float(recipe.train.learning_rate),
+        epochs=recipe.train.epochs,
+        num_steps=num_steps(len(inputs.train), recipe.train),
+        rows_per_step=recipe.train.batch_size * recipe.train.accumulation,
+        num_padded_tokens=sum(len(micro) * len(micro[-1].ids) for micro in micros),
+        memory=Memory(
+            base=base, adapter=num_adapter * _ADAM_BYTES, activations=activations, loss=loss, runtime=runtime
+        ),
+        full_fine_tuning=full,
+        available_bytes=_available_bytes(device),
+        device=device,
+    )
+
+
+def probe_seconds(recipe: Recipe, plan: Plan) -> float:
+    """Load the base, run forward and backward on the two longest rows, and scale to the whole run."""
+    import time
+
+    from loractl.adapters.base_loading import load_base_model
+    from loractl.adapters.training.loss import summed_loss
+    from loractl.adapters.training.trunk import Trunk
+
+    recipe = resolve_numbers(recipe)
+    inputs: Inputs = prepare(recipe)
+    rows = sorted(inputs.train, key=lambda example: len(example.ids))[-2:]
+    trunk = Trunk(load_base_model(inputs.folder, quantization=recipe.quantize, dtype=recipe.dtype))
+    trunk.attach("default", recipe, revision=None, examples=inputs.train, fresh=True)
+    trunk.ready(quantize=recipe.quantize, expand_int8=recipe.train.expand_int8 is not False)
+    trunk.activate("default", recompute=bool(recipe.train.checkpoint_activations))
+    seconds = 0.0
+    for _ in range(2):  # the first pass also compiles
+        start = time.perf_counter()
+        summed_loss(trunk.model, rows).backward()  # type: ignore[no-untyped-call]
+        if trunk.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return seconds / (len(rows) * len(rows[-1].ids)) * plan.num_padded_tokens
+
+
+def _empty_model(folder: Path, recipe: Recipe, *, dtype: Any, device: str) -> tuple[Any, list[str]]:
+    """The base with its adapter on the meta device, as it will compute."""
     from accelerate import init_empty_weights
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from loractl.adapters.base_loading import teach_layout
-    from loractl.adapters.training.run import prepare
-    from loractl.adapters.training.targets import linear_names, resolve_targets
+    from loractl.adapters.training.targets import resolve_targets
 
-    inputs = prepare(recipe)
-    teach_layout(inputs.folder)
-    config = AutoConfig.from_pretrained(str(inputs.folder), local_files_only=True)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    targets = set(resolve_targets(model, recipe.adapter.targets))
-    names = linear_names(model)
-    linear = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in names
-    ]
-    num_linear = sum(module.weight.numel() for _, module in linear)
-    num_total = sum(parameter.numel() for parameter in model.parameters())
-    num_adapter = sum(
-        recipe.adapter.rank * (module.in_features + module.out_features)
-        for name, module in linear
-        if name.rpartition(".")[2] in targets
+    teach_layout(folder)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    attention = "eager" if device == "cpu" else "sdpa"
+    with init_empty_weights(include_buffers=True):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    base.requires_grad_(False)
+    targets = resolve_targets(base, recipe.adapter.targets)
+    part = recipe.adapter
+    settings: Any = {"r": part.rank, "lora_alpha": part.alpha, "lora_dropout": part.dropout, "use_dora": part.dora}
+    with warnings.catch_warnings():
+        # PEFT asks a transformers model by a name that transformers has deprecated.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        model = get_peft_model(base, LoraConfig(target_modules=targets, **settings), low_cpu_mem_usage=True)
+    return model.train(), targets
+
+
+def _count(model: Any) -> tuple[int, int, int, int]:
+    """Count the weights of linear layers, all other weights, the adapter's, and the layers that it reaches."""
+    import torch
+
+    from loractl.adapters.training.targets import linear_names
+
+    base = model.get_base_model()
+    names = linear_names(base)
+    linear = sum(
+        module.weight.numel()
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and ".lora_" not in name
+        and name.removesuffix(".base_layer").rpartition(".")[2] in names
     )
-    lengths = sorted(len(example.ids) for example in inputs.train)
-    step_rows = recipe.train.batch_size * recipe.train.accumulation
-    return {
-        "base": f"{inputs.identity.id} {inputs.identity.fingerprint[:19]}",
-        "rows": len(inputs.train),
-        "rows held out": len(inputs.held_out),
-        "rows too long": inputs.summary.num_overlong,
-        "tokens": sum(lengths),
-        "tokens learned": sum(example.num_learned for example in inputs.train),
-        "longest row, tokens": lengths[-1],
-        "steps": max(1, math.ceil(len(inputs.train) * recipe.train.epochs / step_rows)),
-        "rows per step": step_rows,
-        "trainable parameters": num_adapter,
-        "base bytes": round(num_linear * _BYTES_PER_LINEAR_WEIGHT[recipe.quantize] + (num_total - num_linear) * 2),
-        "adapter and optimizer bytes": num_adapter * _ADAPTER_BYTES_PER_PARAMETER,
-        "full fine-tuning bytes": num_total * _ADAPTER_BYTES_PER_PARAMETER,
-    }
+    adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    num_modules = sum(hasattr(module, "lora_A") for module in base.modules())
+    return linear, every - adapter - linear, adapter, num_modules
+
+
+def _micro_batches(train: Sequence[Example], recipe: Recipe) -> list[list[Example]]:
+    return [
+        micro
+        for rows in step_rows(len(train), recipe.train)
+        for micro in micro_batches(
+            [train[row] for row in rows], num_rows=recipe.train.batch_size, num_tokens=MICRO_BATCH_TOKENS
+        )
+    ]
+
+
+def _activation_bytes(model: Any, *, num_rows: int, num_tokens: int, recompute: bool) -> int:
+    """Sum what autograd keeps of one micro-batch, and the largest of it once more for its gradient."""
+    import torch
+
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in weights:
+            kept[key] = tensor
+        return tensor
+
+    base = model.get_base_model()
+    ids = torch.zeros(num_rows, num_tokens, dtype=torch.long, device="meta")
+    # A mask that is ready: making one looks at values, which the meta device has not.
+    mask = torch.zeros(num_rows, 1, num_tokens, num_tokens, dtype=base.dtype, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    total, num_layers = sum(sizes), int(base.config.num_hidden_layers)
+    if recompute:
+        total = num_layers * output.numel() * output.element_size() + math.ceil(total / num_layers)
+    return total + 2 * max(sizes, default=0)
+
+
+def _runtime_bytes(device: str) -> int:
+    """What this process holds with the same libraries loaded, and what running a step adds."""
+    if device == "cuda":
+        return 600 << 20  # the CUDA context and its libraries
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024 + _RUNTIME_EXTRA_BYTES
+    return _RUNTIME_EXTRA_BYTES
+
+
+def _available_bytes(device: str) -> int | None:
+    import torch
+
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    path = Path("/proc/meminfo")
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

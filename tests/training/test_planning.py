@@ -1,0 +1,100 @@
+"""The plan says beforehand what the run then does: parameters, steps, tokens, and what autograd keeps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loractl.adapters.base_loading import load_base_model
+from loractl.adapters.training.events import Started
+from loractl.adapters.training.planning import make_plan
+from loractl.adapters.training.recipe import Recipe, resolve_recipe
+from loractl.adapters.training.run import prepare, run
+from loractl.adapters.training.trunk import Trunk
+from loractl.cli.main import run as run_command
+from tiny_models import make_tiny_base
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-base")
+
+
+def _recipe(folder: Path, base: Path, **settings: Any) -> Recipe:
+    rows = [{"text": "a quick film " * (1 + number % 3), "label": "positive"} for number in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"base": str(base), "out": str(folder / "out"), "quantize": "none", "dtype": "float32"}
+    return resolve_recipe(
+        preset="quick", file=None, settings=given | {"data.files": [str(folder / "rows.jsonl")]} | settings
+    )
+
+
+def test_plan_counts_what_the_run_reports(tmp_path: Path, base: Path) -> None:
+    recipe = _recipe(tmp_path, base)
+    plan = make_plan(recipe)
+    events: list[Any] = []
+    run(recipe, listener=events.append)
+    started = next(event for event in events if isinstance(event, Started))
+    assert (plan.num_parameters, plan.num_steps, plan.data) == (
+        started.num_parameters,
+        started.num_steps,
+        started.data,
+    )
+    assert plan.memory.adapter == 16 * plan.num_parameters
+    assert plan.fits
+
+
+def test_activations_on_shapes_alone_equal_those_of_the_real_model(tmp_path: Path, base: Path) -> None:
+    recipe = _recipe(tmp_path, base, **{"train.batch_size": 4})
+    plan = make_plan(recipe)
+    trunk = Trunk(load_base_model(base, quantization="none", dtype="float32", device="cpu"))
+    trunk.attach("default", recipe, revision=None, examples=prepare(recipe).train, fresh=True)
+    trunk.ready(quantize="none", expand_int8=False)
+    trunk.activate("default")
+    weights = {parameter.untyped_storage().data_ptr() for parameter in trunk.model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    examples = prepare(recipe).train
+    longest = max(len(example.ids) for example in examples)
+    # All rows of a step fit one pass of this tiny base.
+    ids = torch.zeros(recipe.train.batch_size, longest, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trunk.model.get_base_model().base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    assert plan.memory.activations == pytest.approx(sum(sizes) + 2 * max(sizes), rel=0.05)
+
+
+def test_quantized_base_and_recomputed_activations_take_less(tmp_path: Path, base: Path) -> None:
+    plain = make_plan(_recipe(tmp_path, base))
+    small = make_plan(
+        _recipe(tmp_path, base, quantize="nf4", **{"train.expand_int8": False, "train.checkpoint_activations": True})
+    )
+    assert small.memory.base < plain.memory.base
+    assert small.memory.activations < plain.memory.activations
+    assert plain.memory.total - plain.memory.runtime < plain.full_fine_tuning.total - plain.full_fine_tuning.runtime
+
+
+def test_command_prints_the_ledger(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _recipe(tmp_path, base)
+    words = ["plan", "--base", str(base), "--data", str(tmp_path / "rows.jsonl")]
+    assert run_command([*words, "--probe"]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines() if line[0] != " "] == [
+        "Base",
+        "Data",
+        "Adapter",
+        "Memory",
+        "Steps",
+    ]
+    assert "full fine-tuning:" in said
+    assert run_command([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["total"] > 0
