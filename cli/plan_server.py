@@ -19,7 +19,7 @@ def compare_with_server(plan: Any, url: str, key: str | None) -> list[Finding]:
     """Compare base, rank, slots and quantization; raises Unreachable or NotAllowed."""
     models = _get(f"{url}/v1/models", key)["data"]
     status = _get(f"{url}/admin/status", key)
-    card = next((one for one in models if one["id"] == status["base"]), {})
+    card: dict[str, Any] = next((one for one in models if one["id"] == status["base"]), {})
     findings = [_base(plan, card.get("digest"), status["base"])]
     max_rank = status["max_rank"]
     findings.append(

@@ -95,6 +95,8 @@ def _checked(record: Record, forms: Mapping[str, tuple[str, ...]], *, began_with
             raise _columns_missing(record, {began_with: forms[began_with]} if began_with else forms)
         if began_with:
             raise BadRow(f"{record.place}: is {form}, but the data began with {began_with}", hint=record.shown())
+    if form == "text" and "text" in forms and difflib.get_close_matches("label", list(value), n=1):
+        raise _columns_missing(record, {"text+label": forms["text+label"]})  # a misspelt label is no plain text
     fields = {name: value[name] for name in forms[form]}
     fields |= {name: value[name] for name in _OPTIONAL.get(form, ()) if value.get(name)}
     if form in {"messages", "sharegpt"}:

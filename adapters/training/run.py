@@ -146,7 +146,9 @@ def _train(
     grouped: bool,
     should_stop: Callable[[], bool],
 ) -> list[Outcome | LoractlError]:
-    from loractl.adapters.base_loading import load_base_model
+    from loractl.adapters.base_loading import load_base_model, quiet_libraries
+
+    quiet_libraries()  # before PEFT imports what speaks
     from loractl.adapters.training.checkpoint import load_checkpoint
     from loractl.adapters.training.fleet import Fleet
     from loractl.adapters.training.grouped import check_groupable

@@ -236,6 +236,7 @@ _CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "
         ("a.jsonl", '{"prompt": "x" "completion": "y"}\n', r"a\.jsonl:1:16: not JSON: Expecting ','", "near"),
         ("a.json", '[\n {"text": "x", "label": "y"},\n {"text": ]\n', r"a\.json:3:11: not JSON", "near"),
         ("a.csv", "text,label\nx,y\n\nz\n", r"a\.csv:4: not the 2 columns", "quotes"),
+        ("a.csv", "text,lable\nx,y\n", r"a\.csv:2: no column `label`, but `lable`", "`label`"),
         ("a.csv", "review,lable\nx,y\n", r"a\.csv:2: no column `label`, but `lable`", "`label`"),
         (
             "a.jsonl",
