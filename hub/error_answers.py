@@ -11,6 +11,7 @@ anything else            500      -                     HfHubHTTPError; the log 
 """
 
 import logging
+import re
 from typing import Any
 
 import msgspec
@@ -40,6 +41,8 @@ _HF_CODES: dict[type[LoractlError], str] = {
     RevisionNotFound: "RevisionNotFound",
     EntryNotFound: "EntryNotFound",
 }
+# A name may hold any of them, and the HTTP server drops a whole answer for one in a header.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 INVALID_CREDENTIALS = "Invalid credentials in Authorization header"
 
 
@@ -124,7 +127,7 @@ def _response(request: AnyRequest, body: ErrorBody, status: int, headers: dict[s
 
 
 def _header_text(message: str) -> str:
-    return message.replace("\r", " ").replace("\n", " ").encode("latin-1", "replace").decode("latin-1")[:1000]
+    return _CONTROL.sub(" ", message).encode("latin-1", "replace").decode("latin-1")[:1000]
 
 
 EXCEPTION_HANDLERS: dict[type[Exception] | int, Any] = {

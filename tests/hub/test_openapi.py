@@ -68,3 +68,9 @@ def test_page_shows_every_route_and_loads_nothing_from_elsewhere(folder_hub: Liv
     assert "<script" not in page.text
     assert "http://" not in page.text
     assert "https://" not in page.text
+
+
+def test_name_with_control_characters_is_answered(folder_hub: LiveHub) -> None:
+    with folder_hub.http() as http:
+        answer = http.get(f"{API_PREFIX}/resolve", params={"repo": "a\x00b/c\x1fd", "revision": "main"})
+    assert answer.status_code == 404
