@@ -74,9 +74,13 @@ class _Piece:
 
 
 class AdapterReader:
-    """Reads adapters for slots of `max_rank`; with `truncate_rank` higher ranks are cut instead of refused."""
+    """Reads adapters for slots of `max_rank`; with `truncate_rank` higher ranks are cut instead of refused, with `pin`
+    into memory that a card copies from by itself."""
 
-    def __init__(self, layers: ServedLayers, *, max_rank: int, truncate_rank: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: ServedLayers, *, max_rank: int, truncate_rank: bool, dtype: torch.dtype, pin: bool = False
+    ) -> None:
+        self._pin = pin
         self._layers = layers
         self._max_rank = max_rank
         self._truncate = truncate_rank
@@ -108,7 +112,7 @@ class AdapterReader:
         file = open_tensors(folder / WEIGHTS_FILE)
         layout = lay_out(file.entries.values())
         self._check_copies(file, layout)
-        row = torch.zeros(1, self.num_numbers, dtype=self._dtype)
+        row = torch.zeros(1, self.num_numbers, dtype=self._dtype, pin_memory=self._pin)
         sites = self.carve(row)
         ranks: dict[str, int] = {}
         gains: set[str] = set()

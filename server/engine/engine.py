@@ -27,6 +27,7 @@ from loractl.server.engine.messages import (
     Submit,
     Token,
 )
+from loractl.server.engine.row_choice import Draw, choose_rows
 from loractl.server.engine.runner import Part, Runner
 from loractl.server.engine.sampler import RowSampler, prompt_logprobs
 from loractl.server.engine.scheduler import Scheduler
@@ -62,7 +63,13 @@ class Engine:
         self.base = base
         self.settings = settings
         num_blocks = choose_num_blocks(base, settings)
-        self._runner = Runner(base, num_blocks=num_blocks, block_size=settings.block_size)
+        self._runner = Runner(
+            base,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+            max_rows=settings.max_running,
+            num_slots=settings.num_slots,
+        )
         self._slots = AdapterSlots(
             self._runner.layers,
             sides=self._runner.sides,
@@ -74,6 +81,7 @@ class Engine:
             host_cache_bytes=settings.host_cache_bytes,
             num_loaders=settings.num_loaders,
         )
+        self._runner.record()
         self._blocks = BlockPool(num_blocks)
         self._scheduler = Scheduler(settings, blocks=self._blocks, slots=self._slots)
         self._samplers: dict[RequestId, RowSampler] = {}
@@ -222,7 +230,8 @@ class Engine:
             )
             return [self._end(sequence, Failed(id=sequence.id, error=failure)) for sequence, _ in chosen]
         events: list[Event] = []
-        likeliest, finite = scan_rows(logits)
+        draws = self._draws(chosen, parts)
+        likeliest, finite = scan_rows(logits) if draws is None else choose_rows(logits, draws)
         row = 0
         for (sequence, num_tokens), part in zip(chosen, parts, strict=True):
             mine = logits[row : row + part.num_logits]
@@ -238,16 +247,34 @@ class Engine:
             if sequence.num_pending == 0 and hidden is not None and sequence.submit.wants_embedding:
                 events.append(self._embed(sequence, hidden[row - 1]))
             elif sequence.num_pending == 0:
-                events += self._advance(sequence, mine[-1], likeliest=likeliest[row - 1], is_finite=finite[row - 1])
+                is_drawn = draws is not None and draws[row - 1] is not None
+                events += self._advance(
+                    sequence, mine[-1], likeliest=likeliest[row - 1], is_finite=finite[row - 1], is_drawn=is_drawn
+                )
         return events
 
-    def _advance(self, sequence: Sequence, logits: Tensor, *, likeliest: int, is_finite: bool) -> list[Event]:
+    def _draws(self, chosen: list[tuple[Sequence, int]], parts: list[Part]) -> list[Draw | None] | None:
+        """What a card needs to draw each row's token itself; None on a CPU, where rows are chosen one by one."""
+        if not self._runner.on_card:
+            return None
+        draws: list[Draw | None] = []
+        for (sequence, num_tokens), part in zip(chosen, parts, strict=True):
+            draws += [None] * part.num_logits
+            if num_tokens == sequence.num_pending:
+                draws[-1] = self._samplers[sequence.id].draw(sequence.num_outputs)
+        return draws
+
+    def _advance(
+        self, sequence: Sequence, logits: Tensor, *, likeliest: int, is_finite: bool, is_drawn: bool
+    ) -> list[Event]:
         """Choose a sequence's next token, show its text, and end it where it must end."""
         if not is_finite:
             self._totals["contained"] += 1
             return [self._end(sequence, Failed(id=sequence.id, error=_not_finite()))]
         sampling = sequence.submit.sampling
-        choice = self._samplers[sequence.id].choose(logits, sequence.tokens[sequence.num_prompt :], likeliest=likeliest)
+        choice = self._samplers[sequence.id].choose(
+            logits, sequence.tokens[sequence.num_prompt :], likeliest=likeliest, is_drawn=is_drawn
+        )
         now = time.monotonic()
         if sequence.first_token_at is None:
             sequence.first_token_at = now

@@ -2,14 +2,16 @@
 
 import os
 
+import torch
+
 from loractl.adapters.errors import BadRequest, Unsupported, WillNotFit
 from loractl.server.engine.base_model import BaseModel
 from loractl.server.engine.messages import Submit
 from loractl.server.engine.model_shape import kv_shape
 from loractl.server.engine.settings import EngineSettings
 
-# Automatic sizing stops here: blocks that no batch fills only cost memory.
-_AUTO_KV_LIMIT_BYTES = 2 << 30
+# Automatic sizing shares out no more: blocks that no batch fills only cost memory.
+_AUTO_HOST_LIMIT_BYTES = 4 << 30
 
 
 def choose_num_blocks(base: BaseModel, settings: EngineSettings) -> int:
@@ -23,12 +25,20 @@ def choose_num_blocks(base: BaseModel, settings: EngineSettings) -> int:
     if settings.kv_bytes is not None:
         size_bytes = settings.kv_bytes
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        size_bytes = min(int(free * settings.memory_fraction), _AUTO_KV_LIMIT_BYTES)
+        size_bytes = int(_free_bytes(base) * settings.memory_fraction)
     num_blocks = int(min(size_bytes // block_bytes, most))
     if num_blocks < 2:
         raise WillNotFit(f"{size_bytes} bytes hold no KV block of {block_bytes} bytes", hint="give the KV cache more")
     return num_blocks
+
+
+def _free_bytes(base: BaseModel) -> int:
+    """Memory that automatic sizing shares out: all that is free on a card, of a host's no more than batches fill."""
+    device = next(base.model.parameters()).device
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min(free, _AUTO_HOST_LIMIT_BYTES))
 
 
 def check_request(request: Submit, *, max_model_len: int, vocab_size: int) -> None:

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loractl.server.engine import decode_graphs
 from loractl.server.engine.adapter_reading import ServedLayers
 from loractl.server.engine.base_model import BaseModel
+from loractl.server.engine.decode_graphs import DecodeGraphs, DecodeRow
+from loractl.server.engine.kernels import device as devices
 from loractl.server.engine.kernels import native
 from loractl.server.engine.kernels.attention import PagedBatch, paged_attention, write_kv
 from loractl.server.engine.kernels.fused import AttentionOptions, FusedLayer, StepPlans, agrees, has_fused_shape
@@ -51,30 +54,93 @@ class _LayerCache:
 class Runner:
     """The model made ready for packed rows; one forward pass a call."""
 
-    def __init__(self, base: BaseModel, *, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, base: BaseModel, *, num_blocks: int, block_size: int, max_rows: int = 1, num_slots: int = 1
+    ) -> None:
         self._model = base.model
         self._block_size = block_size
         self._lora, self._head_lora = LoraStep(), LoraStep()
         check_servable(base.model)
         self.dtype = next(p.dtype for p in base.model.parameters() if p.dtype.is_floating_point)
         self.device = next(base.model.parameters()).device
+        self.on_card = devices.runs_on_card(self.device)
         # bitsandbytes leaves the head dense; by rows in int8 it costs a third of the time.
-        self._int8_head = base.quantization == "int8" and self.device.type == "cpu" and native.library() is not None
+        is_native = self.device.type == "cpu" and not self.on_card and native.library() is not None
+        self._int8_head = base.quantization == "int8" and is_native
         self.layers, self.sides = self._replace_layers()
-        self._attach_caches(num_blocks)
+        # On a card one block more, which rows that only fill a batch up write to.
+        self._attach_caches(num_blocks + self.on_card)
         self.num_fused_layers = self._fuse_layers()
+        recorder = decode_graphs.make_recorder(self.device) if self.on_card else None
+        self._graphs: DecodeGraphs | None = None
+        if recorder is not None:
+            self._graphs = DecodeGraphs(
+                self._decode,
+                step=self._lora,
+                recorder=recorder,
+                max_rows=max_rows,
+                num_slots=num_slots,
+                table_width=-(-base.max_model_len // block_size),
+                block_size=block_size,
+                spare_block=num_blocks,
+                device=self.device,
+            )
+
+    @property
+    def num_replays(self) -> int:
+        """Steps that ran as a recorded one."""
+        return 0 if self._graphs is None else self._graphs.num_replays
+
+    @torch.inference_mode()
+    def record(self) -> None:
+        """Record the steps that can be, once the slots are there."""
+        if self._graphs is not None and not self._graphs.record_all():
+            self._graphs = None
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Tensor:
         """Compute all parts and return logits in the model's dtype [rows that want them, vocabulary], in order."""
+        rows = self._decode_rows(parts) if self._graphs is not None else None
+        if rows is not None and self._graphs is not None and self._graphs.takes(rows):
+            self._head_lora.batch = None
+            return self._graphs.run(rows)
+        return self._run_once(parts)
+
+    def _decode(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """One forward pass over rows that all want logits; the plans are set."""
+        logits: Tensor = self._model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        return logits
+
+    def _decode_rows(self, parts: Sequence[Part]) -> list[DecodeRow] | None:
+        """The parts as rows of a recorded step, or None where one has more tokens or asks for what is not recorded."""
+        slots = {slot for part in parts for slot, _ in part.slots}
+        if any(len(part.tokens) != 1 or part.num_logits != 1 or len(part.slots) > 1 for part in parts):
+            return None
+        if any(site.parts.keys() & slots for site in self.sides.values()):
+            return None
+        mask = sum(1 << slot for slot in slots)
+        if any(layer.site is not None and layer.site.gain_mask & mask for layer in self.layers.linear.values()):
+            return None
+        rows = []
+        for part in parts:
+            slot, weight = part.slots[0] if part.slots else (None, 1.0)
+            rows.append(DecodeRow(part.tokens[0], part.length, part.blocks, slot, weight))
+        return rows
+
+    def _run_once(self, parts: Sequence[Part]) -> Tensor:
+        self._lora.quantized = None
         ids = [token for part in parts for token in part.tokens]
         batch = self._lora.paged = PagedBatch.build(
             [(len(part.tokens), part.length, part.blocks) for part in parts],
             block_size=self._block_size,
             device=self.device,
+            for_card=self.on_card,
         )
         self._lora.batch = LoraBatch.build(
-            _spans([(len(part.tokens), part.slots) for part in parts]), num_rows=len(ids), device=self.device
+            _spans([(len(part.tokens), part.slots) for part in parts]),
+            num_rows=len(ids),
+            device=self.device,
+            for_card=self.on_card,
         )
         rows = [
             row
@@ -97,13 +163,14 @@ class Runner:
         logits: Tensor = self._model(**inputs, logits_to_keep=torch.tensor(rows, device=self.device)).logits[0]
         return logits
 
+    @torch.inference_mode()
     def run_with_hidden(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         """As `run`, with what the head read: hidden states [rows that want logits, hidden size]."""
         read: list[Tensor] = []
         head = self._model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
         try:
-            logits = self.run(parts)
+            logits = self._run_once(parts)  # a recorded step calls no hook
         finally:
             hook.remove()
         return logits, read[0].reshape(-1, read[0].shape[-1]) if read else logits
@@ -145,7 +212,7 @@ class Runner:
         """Let compiled code take the place of each decoder layer that it computes alike; returns how many."""
         rotary = getattr(self._model.base_model, "rotary_emb", None)
         layers = getattr(self._model.base_model, "layers", None)
-        if rotary is None or layers is None or self.device.type != "cpu":
+        if rotary is None or layers is None or self.device.type != "cpu" or self.on_card:
             return 0
         plans, made = StepPlans(), list[FusedLayer]()
         generator = torch.Generator().manual_seed(0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from loractl.server.engine.messages import Sampling, TokenLogprob
+from loractl.server.engine.row_choice import Draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,7 @@ class RowSampler:
         self._prompt = prompt
         self._banned_early = sorted(eos_token_ids | set(sampling.stop_token_ids))
         self._is_plain = (
-            sampling.temperature <= 0
-            and sampling.num_logprobs is None
+            sampling.num_logprobs is None
             and sampling.repetition_penalty == 1.0
             and not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
         )
@@ -39,14 +39,25 @@ class RowSampler:
             else:
                 self._generator.manual_seed(sampling.seed)
 
-    def choose(self, logits: Tensor, outputs: Tokens[int], *, likeliest: int | None = None) -> Choice:
-        """Pick from `logits` [vocabulary] after `outputs` were generated; `likeliest` is their largest's place, if
-        known."""
+    def draw(self, num_outputs: int) -> Draw | None:
+        """How a device may draw the next token by itself; None where it is the likeliest, or chosen here."""
         sampling = self._sampling
-        if likeliest is not None and self._is_plain and len(outputs) >= sampling.min_tokens:
+        if self._generator is None or not self._is_plain or num_outputs < sampling.min_tokens:
+            return None
+        uniform = float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        return Draw(uniform, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+
+    def choose(
+        self, logits: Tensor, outputs: Tokens[int], *, likeliest: int | None = None, is_drawn: bool = False
+    ) -> Choice:
+        """Pick from `logits` [vocabulary] after `outputs` were generated; `likeliest` is their largest's place, if
+        known, or with `is_drawn` the token that the device drew."""
+        sampling = self._sampling
+        is_greedy = self._generator is None and self._is_plain and len(outputs) >= sampling.min_tokens
+        if likeliest is not None and (is_drawn or is_greedy):
             return Choice(likeliest)
         # A copy: tensors made in inference mode refuse to be changed outside it.
-        row = self._penalized(logits.clone().float(), outputs)
+        row = self._penalized(logits.to("cpu", torch.float32, copy=True), outputs)
         if len(outputs) < sampling.min_tokens:
             row[self._banned_early] = -torch.inf
         token_id = int(row.argmax()) if self._generator is None else self._draw(row)
@@ -96,7 +107,7 @@ def prompt_logprobs(logits: Tensor, prompt: Tokens[int], *, first: int, num_top:
     Per position the token that stands there, then the likeliest ones; the model's own, no filter applied.
     """
     found = []
-    for row, actual in zip(logits, prompt[first + 1 :], strict=False):
+    for row, actual in zip(logits.cpu(), prompt[first + 1 :], strict=False):
         logprobs = torch.log_softmax(row.float(), dim=-1)
         values, ids = logprobs.topk(num_top)
         pairs = [(actual, float(logprobs[actual])), *zip(ids.tolist(), values.tolist(), strict=True)]

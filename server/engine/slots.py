@@ -14,9 +14,11 @@ import torch
 from loractl.adapters.errors import AdapterInvalid, LoractlError, NotFound, WillNotFit
 from loractl.adapters.reference import Digest
 from loractl.server.engine.adapter_reading import AdapterReader, HostAdapter, ServedLayers
+from loractl.server.engine.kernels import device as devices
 from loractl.server.engine.kernels import native
 from loractl.server.engine.kv_cache import BooksError
 from loractl.server.engine.side_lora import SideSite
+from loractl.server.engine.slab_copies import SlabCopies, make_lane
 from loractl.server.engine.stats import SlotStats
 
 
@@ -39,11 +41,16 @@ class AdapterSlots:
         self.num_slots, self.max_rank = num_slots, max_rank
         self._device = device
         self._sides = sides
-        self._reader = AdapterReader(layers, max_rank=max_rank, truncate_rank=truncate_rank, dtype=dtype)
+        self._reader = AdapterReader(
+            layers, max_rank=max_rank, truncate_rank=truncate_rank, dtype=dtype, pin=device.type == "cuda"
+        )
         self._slab = native.zeros(num_slots, self._reader.num_numbers, dtype=dtype, device=device)
         self._sites = self._reader.carve(self._slab)
         for name, layer in layers.linear.items():
             layer.site = self._sites[name]
+        self._copies: SlabCopies | None = None
+        if devices.runs_on_card(device):
+            self._copies = SlabCopies(self._slab, list(self._sites.values()), lane=make_lane(device))
         self._slot_of: OrderedDict[Digest, int] = OrderedDict()  # least recently used first
         self._shown: dict[Digest, tuple[int, float]] = {}
         self._free = list(range(num_slots - 1, -1, -1))
@@ -83,25 +90,29 @@ class AdapterSlots:
         return error
 
     def place(self, digest: Digest) -> bool:
-        """Give an adapter that is on the host a slot, evicting one that nobody holds; False where none can go."""
+        """Give an adapter that is on the host a slot, evicting one that nobody holds; False where none can go, and
+        while a copy beside the steps goes on."""
         if digest in self._slot_of:
-            return True
+            return self._copies is None or self._copies.has_arrived(self._slot_of[digest])
         host = self._host_copy(digest)
         if host is None:
             return False
         slot = self._take_slot()
         if slot is None:
             return False
-        self._slab[slot].copy_(host.row)
         for name, site in self._sites.items():
             site.set_slot(slot, rank=host.ranks.get(name, 0), has_gain=name in host.gains)
+        if self._copies is None:
+            self._slab[slot].copy_(host.row)
+        else:
+            self._copies.begin(slot, host.row)
         for name, side in self._sides.items():
             part = host.sides.get(name)
             side.set_slot(slot, None if part is None else part.to(self._device))
         self._slot_of[digest] = slot
         self._shown[digest] = (host.rank, host.energy_kept)
         self.num_loads += 1
-        return True
+        return self._copies is None or self._copies.has_arrived(slot)
 
     def hold(self, digest: Digest) -> int:
         """Keep a resident adapter in its slot until it is let go; returns the slot."""

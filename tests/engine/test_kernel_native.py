@@ -1,11 +1,9 @@
 """The compiled kernels against the float32 loops and plain torch: every dtype, rank, popularity and mix of rows."""
 
-from itertools import pairwise
-
 import pytest
 import torch
-from torch import Tensor
 
+from kernel_cases import assert_close, lora_batch, lora_site
 from loractl.server.engine.kernels import native
 from loractl.server.engine.kernels.attention import (
     PagedBatch,
@@ -15,61 +13,10 @@ from loractl.server.engine.kernels.attention import (
     write_kv,
 )
 from loractl.server.engine.kernels.linear import Int8Linear, quantize_rows
-from loractl.server.engine.kernels.lora import LoraBatch, LoraSite, LoraSpan, LoraStep, add_lora, add_lora_reference
+from loractl.server.engine.kernels.lora import LoraBatch, LoraSpan, LoraStep, add_lora, add_lora_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 RANKS = [1, 5, 8, 16, 64, 128]
-NUM_SLOTS = 8
-RELATIVE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2}
-"""Of the largest number: float32 sums in another order; bfloat16 rounds its result to 8 bits, twice."""
-
-
-def _slots_of(popularity: str, count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(count)
-    shares = {
-        "identical": [1.0] + [0.0] * (NUM_SLOTS - 1),
-        "uniform": [1.0] * NUM_SLOTS,
-        "zipf": [1 / (slot + 1) for slot in range(NUM_SLOTS)],
-        "skewed": [20.0] + [1.0] * (NUM_SLOTS - 1),
-    }
-    if popularity == "distinct":
-        return [index % NUM_SLOTS for index in range(count)]
-    return torch.multinomial(torch.tensor(shares[popularity]), count, True, generator=generator).tolist()
-
-
-def _batch(popularity: str, phase: str) -> LoraBatch:
-    lengths = {"decode": [1] * 16, "prefill": [30, 7, 50], "mixed": [1] * 9 + [40, 3, 1]}[phase]
-    slots = _slots_of(popularity, len(lengths))
-    edges = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    uses: list[tuple[tuple[int, float], ...]] = [((slot, 1.0),) for slot in slots]
-    uses[0] = ((slots[0], 0.5), ((slots[0] + 1) % NUM_SLOTS, -0.25))
-    if len(uses) > 4:
-        uses[3] = ()
-    spans = [LoraSpan(start, stop, use) for (start, stop), use in zip(pairwise(edges), uses, strict=True)]
-    batch = LoraBatch.build(spans, num_rows=edges[-1])
-    assert batch is not None
-    return batch
-
-
-def _site(dtype: torch.dtype, ranks: list[int], *, d_in: int, d_out: int, with_gain: bool = False) -> LoraSite:
-    rank_max = max(ranks)
-    numel = LoraSite.numel(d_in=d_in, d_out=d_out, rank_max=rank_max, with_gain=with_gain)
-    slab = torch.full((NUM_SLOTS, numel + 64), float("nan"), dtype=dtype)  # padding that is read shows
-    site = LoraSite.carve(slab, 32, d_in=d_in, d_out=d_out, rank_max=rank_max, with_gain=with_gain)
-    for slot in range(NUM_SLOTS):
-        rank = ranks[slot % len(ranks)]
-        site.a[slot, :rank] = torch.randn(rank, d_in).to(dtype)
-        site.b[slot, :, :rank] = torch.randn(d_out, rank).to(dtype)
-        if site.gain is not None:
-            site.gain[slot] = torch.randn(d_out).to(dtype)
-        site.set_slot(slot, rank=rank, has_gain=with_gain and slot % 2 == 0)
-    return site
-
-
-def _assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    assert actual.isfinite().all()
-    gap = (actual.float() - expected.float()).abs().max().item()
-    assert gap <= RELATIVE[dtype] * expected.float().abs().max().item()
 
 
 @pytest.fixture
@@ -85,39 +32,39 @@ def _seeded() -> None:
 def test_int8_linear_equals_loop_when_rows_have_adapters(
     dtype: torch.dtype, rank: int, popularity: str, phase: str
 ) -> None:
-    batch = _batch(popularity, phase)
+    batch = lora_batch(popularity, phase)
     step = LoraStep(batch)
     layer = Int8Linear.from_dense(torch.randn(72, 100), torch.randn(72), step=step)
-    layer.site = _site(dtype, [rank], d_in=100, d_out=72)
+    layer.site = lora_site(dtype, [rank], d_in=100, d_out=72)
     x = torch.randn(batch.num_rows, 100).to(dtype)
     expected = layer.base(x.float())
     add_lora_reference(expected, x.float(), layer.site, batch)
-    _assert_close(layer(x), expected, dtype)
+    assert_close(layer(x), expected, dtype)
 
 
 @pytest.mark.usefixtures("_seeded")
 @pytest.mark.parametrize("with_gain", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_linear_equals_loop_when_ranks_and_targets_differ(dtype: torch.dtype, with_gain: bool) -> None:
-    batch = _batch("distinct", "mixed")
+    batch = lora_batch("distinct", "mixed")
     layer = Int8Linear.from_dense(torch.randn(40, 64), torch.randn(40), step=LoraStep(batch))
-    layer.site = _site(dtype, [1, 64, 0, 5, 8, 128, 16], d_in=64, d_out=40, with_gain=with_gain)
+    layer.site = lora_site(dtype, [1, 64, 0, 5, 8, 128, 16], d_in=64, d_out=40, with_gain=with_gain)
     x = torch.randn(batch.num_rows, 64).to(dtype)
     expected = layer.base(x.float())
     add_lora_reference(expected, x.float(), layer.site, batch, bias=layer.bias)
-    _assert_close(layer(x), expected, dtype)
+    assert_close(layer(x), expected, dtype)
 
 
 @pytest.mark.usefixtures("_seeded")
 @pytest.mark.parametrize("popularity", ["identical", "distinct", "zipf"])
 def test_torch_lora_equals_loop_when_weights_are_summed(popularity: str) -> None:
-    batch = _batch(popularity, "mixed")
-    site = _site(torch.float32, [1, 5, 8, 64], d_in=33, d_out=20, with_gain=True)
+    batch = lora_batch(popularity, "mixed")
+    site = lora_site(torch.float32, [1, 5, 8, 64], d_in=33, d_out=20, with_gain=True)
     x, out, bias = torch.randn(batch.num_rows, 33), torch.randn(batch.num_rows, 20), torch.randn(20)
     expected = out.clone()
     add_lora(out, x, site, batch, bias=bias)
     add_lora_reference(expected, x, site, batch, bias=bias)
-    _assert_close(out, expected, torch.float32)
+    assert_close(out, expected, torch.float32)
 
 
 @pytest.mark.usefixtures("_seeded")
@@ -150,10 +97,10 @@ def test_int8_linear_keeps_bad_numbers_in_their_row(value: float) -> None:
 def test_int8_linear_row_is_bit_equal_when_neighbours_change(dtype: torch.dtype) -> None:
     if native.library() is None:
         pytest.skip("plain torch promises a bound, not bits")
-    batch = _batch("uniform", "mixed")
+    batch = lora_batch("uniform", "mixed")
     step = LoraStep(batch)
     layer = Int8Linear.from_dense(torch.randn(72, 100), None, step=step)
-    layer.site = _site(dtype, [8, 64], d_in=100, d_out=72)
+    layer.site = lora_site(dtype, [8, 64], d_in=100, d_out=72)
     x = torch.randn(batch.num_rows, 100).to(dtype)
     together = layer(x)
     for row in range(0, batch.num_rows, 7):
@@ -215,7 +162,7 @@ def test_attention_equals_loop_when_prefill_and_decode_mix(
             softcap=softcap,
             sinks=sinks,
         )
-        _assert_close(out, expected, dtype)
+        assert_close(out, expected, dtype)
 
 
 @pytest.mark.usefixtures("_seeded")

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from loractl.server.engine.kernels import native
 
+TILE_ROWS = 64
+"""Rows of one sequence that a card's program takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
@@ -26,10 +29,19 @@ class PagedBatch:
     places: Tensor  # [rows] int64: block * block_size + offset of each row's own token
     positions: Tensor  # [rows] int64: each row's index in its sequence
     bounds: tuple[tuple[int, int, int], ...]  # (first row, end row, length) as Python numbers
+    num_alone: int = 0
+    """On a card: so many sequences, the first ones, have one row each."""
+    tiles: Tensor | None = None
+    """On a card: [tiles, 2] int32, the other sequences' rows cut up: sequence, first row of its own."""
 
     @classmethod
     def build(
-        cls, sequences: Sequence[tuple[int, int, Sequence[int]]], *, block_size: int, device: torch.device | str = "cpu"
+        cls,
+        sequences: Sequence[tuple[int, int, Sequence[int]]],
+        *,
+        block_size: int,
+        device: torch.device | str = "cpu",
+        for_card: bool = False,
     ) -> "PagedBatch":
         """Plan a step from (new rows, tokens including them, block table) of each sequence, in the order of the
         rows."""
@@ -43,6 +55,12 @@ class PagedBatch:
         positions = torch.arange(int(starts[-1])) - starts[owner] + (lengths - counts)[owner]
         places = tables[owner, positions // block_size].long() * block_size + positions % block_size
         edges = starts.tolist()
+        num_alone = next((i for i, (count, _, _) in enumerate(sequences) if count > 1), len(sequences))
+        tiles = None
+        if for_card:
+            late = enumerate(sequences[num_alone:], num_alone)
+            cut = [(index, first) for index, (count, _, _) in late for first in range(0, count, TILE_ROWS)]
+            tiles = torch.tensor(cut, dtype=torch.int32).view(-1, 2).to(device)
         return cls(
             block_size=block_size,
             tables=tables.to(device),
@@ -51,12 +69,19 @@ class PagedBatch:
             places=places.to(device),
             positions=positions.to(device),
             bounds=tuple((edges[index], edges[index + 1], length) for index, (_, length, _) in enumerate(sequences)),
+            num_alone=num_alone,
+            tiles=tiles,
         )
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PagedBatch) -> None:
     """Write this step's k and v [rows, kv_heads, dim] to their places in the caches [blocks, block_size, kv_heads,
     dim]."""
+    if batch.tiles is not None:
+        from loractl.server.engine.kernels.cuda.paged import write_kv_on_card
+
+        write_kv_on_card(k, v, k_cache, v_cache, batch)
+        return
     library = native.library()
     if library is None or not (native.fits(k, v, k_cache, v_cache) and _plain(k, v) and _contiguous(k_cache, v_cache)):
         k_cache.view(-1, *k_cache.shape[2:])[batch.places] = k.to(k_cache.dtype)
@@ -127,6 +152,12 @@ def paged_attention(
     how many tokens a row sees, itself included (transformers' `sliding_window`); `sinks` [heads] join the softmax
     without a value. Returns [rows, heads, dim].
     """
+    if batch.tiles is not None:
+        from loractl.server.engine.kernels.cuda.paged import paged_attention_on_card
+
+        return paged_attention_on_card(
+            q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
     library = native.library()
     if library is not None and _runs_native(q, k_cache, v_cache):
         return _native_attention(

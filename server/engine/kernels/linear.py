@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loractl.server.engine.kernels import native
+from loractl.server.engine.kernels import device, native
 from loractl.server.engine.kernels.lora import LoraSite, LoraStep, add_lora
 from loractl.server.engine.kernels.packed import PackedWeight, runs_native
 
@@ -90,7 +90,8 @@ class Int8Linear(PackedLinear):
         self.row_scale = row_absmax.float() / 127
         self.bias = bias
         self._packed: PackedWeight | None = None
-        if native.library() is not None and weight.device.type == "cpu":
+        self._on_card = device.runs_on_card(weight.device)
+        if native.library() is not None and weight.device.type == "cpu" and not self._on_card:
             self._packed = PackedWeight.pack(weight, self.row_scale, bias)
             self.weight = weight.new_empty(0)  # held once, as panels
 
@@ -121,11 +122,22 @@ class Int8Linear(PackedLinear):
         return out.view(*x.shape[:-1], self.out_features)
 
     def base(self, rows: Tensor) -> Tensor:
+        if self._on_card:
+            return self._card_base(rows)
         quantized, scale = quantize_rows(rows)
         out = int8_product(quantized, self.codes()).float() * (scale[:, None] * self.row_scale)
         if self.bias is not None:
             out += self.bias
         return out.to(rows.dtype)
+
+    def _card_base(self, rows: Tensor) -> Tensor:
+        from loractl.server.engine.kernels.cuda.int8_matmul import int8_linear_on_card, quantize_rows_on_card
+
+        kept = self.step.quantized
+        # A layer's queries, keys and values are made of the same rows: they are quantized once.
+        if kept is None or kept[0].data_ptr() != rows.data_ptr() or kept[0].shape != rows.shape:
+            kept = self.step.quantized = (rows, *quantize_rows_on_card(rows))
+        return int8_linear_on_card(kept[1], kept[2], self.weight, self.row_scale, self.bias, dtype=rows.dtype)
 
     def dense_weight(self) -> Tensor:
         return self.codes().float() * self.row_scale[:, None]
@@ -146,6 +158,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x [rows, d_in] int8 times weight [d_out, d_in] int8 transposed, exactly, as int32."""
+    if x.is_cuda and (x.shape[0] <= 16 or x.shape[0] % 8):  # cuBLAS takes no fewer rows and whole eights
+        rows = x.shape[0]
+        padded = nn.functional.pad(x, (0, 0, 0, max(32, -(-rows // 8) * 8) - rows))
+        return torch._int_mm(padded, weight.t())[:rows]
     return torch._int_mm(x, weight.t())
 
 

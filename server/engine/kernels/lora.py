@@ -14,6 +14,11 @@ from torch import Tensor
 
 from loractl.server.engine.kernels.attention import PagedBatch
 
+GAIN_BIT = 1 << 16
+"""In a slot's code on a card: the adapter brings DoRA's factor; the bits below are its rank."""
+CHUNK_ROWS = 16
+"""Rows of one adapter that a card's program takes: what a product of tiles has at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoraSpan:
@@ -22,6 +27,46 @@ class LoraSpan:
     start: int
     stop: int
     slots: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowChunks:
+    """A step's pairs as a card reads them: chunks of up to CHUNK_ROWS rows that run with one slot.
+
+    A row with several adapters has one pair a round, so that no two programs of a round write the same numbers.
+    """
+
+    slots: Tensor  # [chunks] int32; -1: nothing
+    rows: Tensor  # [chunks, CHUNK_ROWS] int32; -1: nothing
+    weights: Tensor  # [chunks, CHUNK_ROWS] float32
+    rounds: tuple[tuple[int, int], ...]  # (first chunk, end chunk)
+
+    def to(self, device: torch.device | str) -> "RowChunks":
+        return RowChunks(self.slots.to(device), self.rows.to(device), self.weights.to(device), self.rounds)
+
+    @classmethod
+    def build(cls, spans: Sequence[LoraSpan]) -> "RowChunks":
+        """Plan on the host."""
+        most = max(len(span.slots) for span in spans)
+        chunks: list[tuple[int, list[tuple[int, float]]]] = []
+        rounds: list[tuple[int, int]] = []
+        for number in range(most):
+            by_slot: dict[int, list[tuple[int, float]]] = {}
+            for span in spans:
+                if number < len(span.slots):
+                    slot, weight = span.slots[number]
+                    by_slot.setdefault(slot, []).extend((row, weight) for row in range(span.start, span.stop))
+            first = len(chunks)
+            for slot in sorted(by_slot):
+                pairs = by_slot[slot]
+                chunks += [(slot, pairs[at : at + CHUNK_ROWS]) for at in range(0, len(pairs), CHUNK_ROWS)]
+            rounds.append((first, len(chunks)))
+        rows = torch.full((len(chunks), CHUNK_ROWS), -1, dtype=torch.int32)
+        weights = torch.zeros(len(chunks), CHUNK_ROWS)
+        for index, (_, pairs) in enumerate(chunks):
+            rows[index, : len(pairs)] = torch.tensor([row for row, _ in pairs], dtype=torch.int32)
+            weights[index, : len(pairs)] = torch.tensor([weight for _, weight in pairs])
+        return cls(torch.tensor([slot for slot, _ in chunks], dtype=torch.int32), rows, weights, tuple(rounds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +88,19 @@ class LoraBatch:
     row_weights: Tensor  # [pairs] float32, sorted by row
     slot_mask: int
     """Bit s is set when slot s is used, so that a layer no adapter of the step touches is skipped for nothing."""
+    chunks: RowChunks | None = None
+    """The same pairs for a card."""
+    is_recorded: bool = False
+    """What the tensors hold changes between runs of a recorded step: nothing but they may decide what is computed."""
 
     @classmethod
     def build(
-        cls, spans: Sequence[LoraSpan], *, num_rows: int, device: torch.device | str = "cpu"
+        cls,
+        spans: Sequence[LoraSpan],
+        *,
+        num_rows: int,
+        device: torch.device | str = "cpu",
+        for_card: bool = False,
     ) -> "LoraBatch | None":
         """Return the plan of a step, or None when no row has an adapter."""
         by_slot: dict[int, list[tuple[LoraSpan, float]]] = {}
@@ -85,6 +139,7 @@ class LoraBatch:
             row_slots=pair_slots[by_row].to(device, torch.int32),
             row_weights=pair_weights[by_row].to(device),
             slot_mask=sum(1 << slot for slot in by_slot),
+            chunks=RowChunks.build(spans).to(device) if for_card else None,
         )
 
 
@@ -105,6 +160,16 @@ class LoraSite:
     """`ranks` as the compiled kernels read them."""
     slot_mask: int = 0
     gain_mask: int = 0
+    card_codes: Tensor | None = None
+    """[slots] int32 on a card, strided: each slot's rank and GAIN_BIT, read while the step runs."""
+
+    @property
+    def codes(self) -> Tensor:
+        """What a card reads of the slots; made from `ranks` where no table is kept beside the slab."""
+        if self.card_codes is None:
+            found = [rank | GAIN_BIT * (self.gain_mask >> slot & 1) for slot, rank in enumerate(self.ranks)]
+            return torch.tensor(found, dtype=torch.int32, device=self.a.device)
+        return self.card_codes
 
     @staticmethod
     def numel(*, d_in: int, d_out: int, rank_max: int, with_gain: bool) -> int:
@@ -138,6 +203,8 @@ class LoraStep:
 
     batch: LoraBatch | None = None
     paged: PagedBatch | None = None
+    quantized: tuple[Tensor, Tensor, Tensor] | None = None
+    """On a card: the rows that were last quantized, kept so that their place is not reused, their codes and scales."""
 
 
 def add_lora_reference(out: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, *, bias: Tensor | None = None) -> None:
@@ -160,7 +227,12 @@ def add_lora(out: Tensor, x: Tensor, site: LoraSite, batch: LoraBatch, *, bias: 
     contains of a bias: DoRA scales the product without it.
     """
     used = batch.slot_mask & (site.slot_mask | site.gain_mask)
-    if not used:
+    if not used and not batch.is_recorded:
+        return
+    if batch.chunks is not None:
+        from loractl.server.engine.kernels.cuda.grouped_lora import add_lora_on_card
+
+        add_lora_on_card(out, x, site, batch.chunks, bias=bias, with_gain=bool(batch.slot_mask & site.gain_mask))
         return
     total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     for slot, first, end in batch.groups:

@@ -1,0 +1,74 @@
+"""Chooses the next tokens of a whole step where its logits are. Knows rows and numbers, no requests.
+
+A row's random number comes from its request's own generator on the host, so that its choice never depends on its
+neighbours; the rest happens on the device, and the host waits once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How one row's token is drawn; `uniform` in [0, 1) decides which."""
+
+    uniform: float
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether tokens are looked at by their probability, not by their number."""
+        return self.top_p < 1.0 or self.top_k > 0
+
+
+def choose_rows(logits: Tensor, draws: Sequence[Draw | None]) -> tuple[list[int], list[bool]]:
+    """Return each row's token, the likeliest where there is no draw, and whether its logits [rows, vocabulary] are all
+    finite."""
+    if not logits.numel():
+        return [], []
+    chosen = logits.argmax(dim=-1)
+    # Two calls, for the order in which probabilities are cumulated must not change with a neighbour's filters.
+    for is_ordered in (False, True):
+        drawn = {row: draw for row, draw in enumerate(draws) if draw is not None and draw.is_ordered == is_ordered}
+        if drawn:
+            places = torch.tensor(list(drawn)).to(logits.device, non_blocking=True)
+            chosen[places] = draw_tokens(logits[places], list(drawn.values()))
+    finite = torch.isfinite(logits).all(dim=-1)
+    tokens, flags = torch.stack([chosen, finite.long()]).tolist()  # the one wait of the step
+    return tokens, [bool(flag) for flag in flags]
+
+
+def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Return [rows] int64: each row's token at its `uniform` of the cumulated probabilities that its filters leave.
+
+    All draws are ordered, or none.
+    """
+    names = ("uniform", "temperature", "top_p", "top_k", "min_p")
+    numbers = torch.tensor([[getattr(draw, name) for name in names] for draw in draws], dtype=torch.float64)
+    uniform, temperature, top_p, top_k, min_p = numbers.to(logits.device, non_blocking=True).T[:, :, None]
+    probabilities = torch.softmax(logits.float() / temperature.float(), dim=-1).double()
+    order: Tensor | None = None
+    if draws[0].is_ordered:
+        # Equal numbers keep the order of their tokens, whatever the device.
+        probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(probabilities.shape[1], device=logits.device)
+        probabilities = probabilities.masked_fill((top_k > 0) & (rank >= top_k), 0.0)
+    if any(draw.min_p for draw in draws):
+        probabilities = probabilities.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), 0.0)
+    if order is not None:
+        before = probabilities.cumsum(-1) - probabilities
+        # A token stays while those before it do not yet hold the mass: the first always stays.
+        probabilities = probabilities.masked_fill(
+            (top_p < 1.0) & (before >= top_p * probabilities.sum(-1, keepdim=True)), 0.0
+        )
+    cumulated = probabilities.cumsum(-1)
+    whole = cumulated[:, -1:]
+    wanted = torch.minimum(uniform * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+    place = torch.searchsorted(cumulated, wanted.contiguous(), right=True).clamp(max=cumulated.shape[1] - 1)
+    return (place if order is None else order.gather(-1, place))[:, 0]
