@@ -32,16 +32,23 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        weight = int8_values(ctx.layer, dtype=gradients[0].dtype)
-        return (gradients[0] @ weight).to(ctx.dtype), None
+        codes, scales = _held(ctx.layer)
+        # The scales meet the gradient: codes are exact in any dtype, and no wide copy of the weight is made.
+        gradient = (gradients[0] * scales).to(gradients[0].dtype)
+        return (gradient @ codes.to(gradient.dtype)).to(ctx.dtype), None
 
 
 def int8_values(layer: Any, *, dtype: torch.dtype) -> torch.Tensor:
     """Return the numbers that a Linear8bitLt stands for, [out, in]."""
+    codes, scales = _held(layer)
+    return (codes.float() * scales.unsqueeze(1)).to(dtype)
+
+
+def _held(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [out, in] int8 and what each row of them is multiplied by [out] float32."""
     scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
     codes = layer.weight.CB if layer.weight.CB is not None else layer.weight.data
-    values: torch.Tensor = codes.float() * (scales.float() / 127.0).unsqueeze(1)
-    return values.to(dtype)
+    return codes, scales.float() / 127.0
 
 
 class Int8Layers:
