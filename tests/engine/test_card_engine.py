@@ -1,5 +1,6 @@
 """The engine's whole path of a card, its graphs by their double where there is none, against PEFT for each request."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,13 @@ def test_seeds_filters_and_log_probabilities_hold_on_the_device(base: Path, driv
     assert found["top-1"].ids == found["greedy"].ids == expected
     told = [token.logprob for token in found["greedy"].tokens]
     torch.testing.assert_close(torch.tensor(told), torch.tensor(logprobs), rtol=1e-3, atol=1e-3)
+
+
+def test_an_embedding_of_one_token_is_no_recorded_step(drive: Drive) -> None:
+    given = _submit("embedded", (7,), max_tokens=1)
+    drive.submit([dataclasses.replace(given, wants_embedding=True)])
+    drive.until_ended(timeout_s=600)
+    found = drive.outcomes[RequestId("embedded")].finished.embedding
+    assert found is not None
+    assert len(found) == 32
+    assert sum(value * value for value in found) == pytest.approx(1.0, abs=1e-4)
