@@ -29,6 +29,7 @@
     ├── Unreachable                   UNREACHABLE               503     9   a service does not answer
     │   └── Draining                  DRAINING                  503     9
     ├── Overloaded                    OVERLOADED                429     9   try again after `retry_after_s`
+    │   └── RateLimited               RATE_LIMITED              429     9   a quota of the caller's is used up
     ├── BlobMissing                   BLOB_MISSING              500     1   a hub's store lost bytes that it promised
     ├── BlobCorrupt                   BLOB_CORRUPT              500     1   a hub's store holds other bytes than pushed
     └── EngineFailure                 ENGINE_FAILURE            500     1   a step failed for this request

@@ -22,7 +22,17 @@ from typing import Literal, Protocol
 
 from loractl.adapters.errors import EngineFailure, LoractlError, Overloaded, Unreachable
 from loractl.adapters.reference import Digest
-from loractl.server.engine.messages import AdapterUse, Cancel, Event, Failed, Finished, RequestId, Submit, Token
+from loractl.server.engine.messages import (
+    AdapterUse,
+    Cancel,
+    Constraint,
+    Event,
+    Failed,
+    Finished,
+    RequestId,
+    Submit,
+    Token,
+)
 from loractl.server.engine.stats import EngineStats, StepRecord, StepResult
 
 log = logging.getLogger("loractl.server.bridge")
@@ -35,6 +45,7 @@ class EngineLike(Protocol):
 
     @property
     def max_model_len(self) -> int: ...
+    def check_constraint(self, constraint: Constraint) -> None: ...
     def submit(self, request: Submit) -> None: ...
     def cancel(self, request: Cancel) -> None: ...
     def wait_for_work(self, timeout_s: float) -> bool: ...

@@ -1,6 +1,8 @@
 """The routes that generate: chats and plain completions, whole or streamed. They translate; the engine decides."""
 
+import asyncio
 import contextlib
+import dataclasses
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -12,6 +14,7 @@ from litestar.types import ASGIApp
 
 from loractl.adapters.errors import BadRequest, LoractlError, UsageError
 from loractl.server.access import EVERYBODY, Key
+from loractl.server.engine.messages import Constraint, Sampling
 from loractl.server.generation import (
     Asked,
     ServedAdapter,
@@ -26,7 +29,7 @@ from loractl.server.prompt_input import read_prompts
 from loractl.server.replies import ChatWriter, Frame, TextWriter, Writer, streamed_answer, whole_answer
 from loractl.server.serving import Serving
 from loractl.server.stream import ClientGone, EventStream, SlowReader, unless_gone
-from loractl.server.tool_plan import plan_tools
+from loractl.server.tool_plan import ToolPlan, plan_tools
 from loractl.server.tool_replies import ToolWriter
 from loractl.server.tracing import RequestTrace
 from loractl.server.watch import Watch
@@ -87,6 +90,7 @@ class _Generation:
                 opening=plan.opening if plan is not None else "",
             )
             sampling = chat_sampling(body, num_prompt_tokens=len(prompt), limits=serving.limits)
+            sampling = await self._constrained(sampling, plan)
             asked = self._asked(body, sampling, adapters)
             frame = self._frame(body, asked, "chatcmpl", with_logprobs=bool(body.logprobs))
             writer = ChatWriter() if plan is None else ToolWriter(plan)
@@ -102,6 +106,7 @@ class _Generation:
             prompts = await read_prompts(serving, body.prompt, field="prompt", num_choices=body.n or 1)
             longest = max(len(prompt) for prompt in prompts)
             sampling = completion_sampling(body, num_prompt_tokens=longest, limits=serving.limits)
+            sampling = await self._constrained(sampling, None)
             asked = self._asked(body, sampling, adapters)
             echo: tuple[tuple[str, int], ...] = ()
             if body.echo:
@@ -115,7 +120,28 @@ class _Generation:
         if body.stream_options is not None and not body.stream:
             raise BadRequest("stream_options needs stream", hint="set stream to true", field="stream_options")
 
-    def _asked(self, body: Common, sampling: Any, adapters: tuple[ServedAdapter, ...]) -> Asked:
+    async def _constrained(self, sampling: Sampling, plan: ToolPlan | None) -> Sampling:
+        """Compile, off the event loop, what the output must match; a forced call must match its tool's schema."""
+        constraint = sampling.constraint
+        if plan is not None and plan.grammar:
+            constraint = Constraint(kind="grammar", value=plan.grammar, field="tools")
+        elif plan is not None and constraint is not None:
+            raise BadRequest(
+                f"{constraint.field} excludes tools that the model may call or not",
+                hint='force a call by tool_choice, or set tool_choice to "none"',
+                field=constraint.field,
+            )
+        if constraint is None:
+            return sampling
+        try:
+            await asyncio.to_thread(self._serving.bridge.engine.check_constraint, constraint)
+        except BadRequest:
+            if plan is None or plan.is_strict:
+                raise
+            constraint = None  # a tool's schema is a promise of the caller's only where it says `strict`
+        return dataclasses.replace(sampling, constraint=constraint)
+
+    def _asked(self, body: Common, sampling: Sampling, adapters: tuple[ServedAdapter, ...]) -> Asked:
         return Asked(
             sampling=sampling,
             num_choices=body.n or 1,

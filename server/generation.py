@@ -13,17 +13,11 @@ from loractl.adapters.errors import BadRequest, ContextExceeded
 from loractl.server.engine.messages import AdapterUse, Constraint, RequestId, Sampling, Submit
 from loractl.server.fetch import Found
 from loractl.server.metrics import Tier
-from loractl.server.openai_wire import (
-    UNSUPPORTED_FIELDS,
-    ChatRequest,
-    Common,
-    CompletionRequest,
-    ResponseFormat,
-)
+from loractl.server.openai_wire import UNSUPPORTED_FIELDS, ChatRequest, Common, CompletionRequest
+from loractl.server.output_form import constraint_of
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_PROMPTS = 64
-MAX_SCHEMA_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,40 +198,3 @@ def _sampling(
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
-
-
-def constraint_of(request: Common, response_format: ResponseFormat | None) -> Constraint | None:
-    """What the output must match, from OpenAI's field or from vLLM's; raises BadRequest when both are given."""
-    asked = request.structured_outputs
-    formatted = response_format is not None and response_format.type != "text"
-    if asked is not None:
-        given = [name for name in ("regex", "choice", "json") if getattr(asked, name) is not None]
-        if len(given) != 1 or formatted:
-            raise BadRequest(
-                "give exactly one of structured_outputs.regex, .choice, .json and response_format",
-                field="structured_outputs",
-            )
-        if asked.regex is not None:
-            return Constraint(kind="regex", value=asked.regex)
-        if asked.choice is not None:
-            return Constraint(kind="choice", value=msgspec.json.encode(asked.choice).decode())
-        return _schema_constraint(asked.json, field="structured_outputs.json")
-    if response_format is None or not formatted:
-        return None
-    if response_format.type == "json_object":
-        return Constraint(kind="json_object")
-    if response_format.json_schema is None:
-        raise BadRequest("response_format.json_schema is missing", field="response_format.json_schema")
-    return _schema_constraint(response_format.json_schema.schema, field="response_format.json_schema.schema")
-
-
-def _schema_constraint(schema: object, *, field: str) -> Constraint:
-    if schema is None:
-        return Constraint(kind="json_object")
-    try:
-        text = msgspec.json.encode(schema)
-    except RecursionError as error:
-        raise BadRequest(f"{field} is nested too deeply", field=field) from error
-    if len(text) > MAX_SCHEMA_BYTES:
-        raise BadRequest(f"{field} is larger than {MAX_SCHEMA_BYTES >> 10} KiB", field=field)
-    return Constraint(kind="json_schema", value=text.decode())

@@ -26,6 +26,8 @@ TokenId = Annotated[int, Meta(ge=0, le=1 << 31)]
 Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
+Expression = Annotated[str, Meta(min_length=1, max_length=4096)]
+Alternatives = Annotated[list[Annotated[str, Meta(min_length=1, max_length=1024)]], Meta(min_length=1, max_length=256)]
 Name = Annotated[str, Meta(min_length=1, max_length=512)]
 Label = Annotated[str, Meta(max_length=512)]
 
@@ -59,13 +61,11 @@ class ResponseFormat(Closed):
 
 
 class StructuredOutputs(Closed):
-    """vLLM's way to ask for an output form; at most one of the three."""
+    """vLLM's way to ask for an output form; at most one of the three. A schema may come as its text."""
 
-    regex: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None
-    choice: (
-        Annotated[list[Annotated[str, Meta(min_length=1, max_length=1024)]], Meta(min_length=1, max_length=256)] | None
-    ) = None
-    json: dict[str, Any] | None = None
+    regex: Expression | None = None
+    choice: Alternatives | None = None
+    json: dict[str, Any] | str | None = None
 
 
 class Common(Closed, kw_only=True):
@@ -91,6 +91,10 @@ class Common(Closed, kw_only=True):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     structured_outputs: StructuredOutputs | None = None
+    # vLLM's earlier names of the same.
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: Expression | None = None
+    guided_choice: Alternatives | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     stream: bool | None = None

@@ -39,14 +39,18 @@ def tool_format_of(chat_template: str | None) -> ToolFormat | None:
     return None
 
 
-def forced_opening(wanted: ToolFormat, name: str | None) -> str:
-    """The beginning of an answer that must be a call, of this tool if it is named; it becomes part of the prompt."""
+def forced_opening(wanted: ToolFormat, name: str | None, *, is_begun: bool = False) -> str:
+    """The beginning of an answer that must be a call, of this tool if it is named; it becomes part of the prompt.
+
+    `is_begun`: only what a named beginning has beyond an unnamed one.
+    """
     arguments = "parameters" if wanted == "llama3" else "arguments"
     openings: dict[ToolFormat, str] = {"hermes": "<tool_call>\n", "llama3": "", "mistral": "[TOOL_CALLS]["}
-    before = openings[wanted]
+    begun = openings[wanted] + '{"name": "'
     if name is None:
-        return before + '{"name": "'
-    return before + '{"name": ' + json.dumps(name) + f', "{arguments}": '
+        return begun
+    rest = json.dumps(name)[1:] + f', "{arguments}": '
+    return rest if is_begun else begun + rest
 
 
 @dataclass(slots=True)

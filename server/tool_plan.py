@@ -3,12 +3,14 @@
 Knows the request and the base's template; refuses to know answers.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loractl.adapters.errors import BadRequest
-from loractl.server.openai_wire import ChatRequest, NamedTool, Tool
+from loractl.server.engine.constraint import json_rule
+from loractl.server.openai_wire import ChatRequest, FunctionSpec, NamedTool, Tool
 from loractl.server.tool_calls import MARKERS, ToolCallReader, ToolFormat, forced_opening, tool_format_of
 
 
@@ -23,6 +25,10 @@ class ToolPlan:
     markers: Mapping[int, str]
     """Special tokens of the format, which the engine leaves out of its text."""
     is_single: bool
+    grammar: str = ""
+    """What a forced call must match from `opening` on, in Lark; empty where the model decides."""
+    is_strict: bool = False
+    """Whether a forced call must be refused where its tool's schema cannot be held to."""
 
     def reader(self) -> ToolCallReader:
         names = [tool.function.name for tool in self.tools]
@@ -52,11 +58,12 @@ def plan_tools(request: ChatRequest, tokenizer: Any) -> ToolPlan | None:
         raise BadRequest(
             f"tool_choice names {choice.function.name!r}, which is not among the tools", field="tool_choice"
         )
-    opening = ""
-    if isinstance(choice, NamedTool):
-        opening = forced_opening(wanted, choice.function.name)
-    elif choice == "required":
-        opening = forced_opening(wanted, names[0] if len(names) == 1 else None)
+    chosen: list[FunctionSpec] = []
+    if choice == "required":
+        chosen = [tool.function for tool in request.tools]
+    elif isinstance(choice, NamedTool):
+        chosen = [next(tool.function for tool in request.tools if tool.function.name == choice.function.name)]
+    opening = forced_opening(wanted, chosen[0].name if len(chosen) == 1 else None) if chosen else ""
     if opening and request.continue_final_message:
         raise BadRequest("continue_final_message excludes a forced tool call", field="tool_choice")
     return ToolPlan(
@@ -65,7 +72,21 @@ def plan_tools(request: ChatRequest, tokenizer: Any) -> ToolPlan | None:
         opening=opening,
         markers=_special_markers(tokenizer, wanted),
         is_single=request.parallel_tool_calls is False,
+        grammar=_call_grammar(wanted, chosen) if chosen else "",
+        is_strict=any(function.strict for function in chosen),
     )
+
+
+def _call_grammar(wanted: ToolFormat, chosen: Sequence[FunctionSpec]) -> str:
+    """The rest of one call: which of several tools, its arguments by their schema, and what closes the call."""
+    closing = json.dumps("}]" if wanted == "mistral" else "}")
+    rules = []
+    for place, function in enumerate(chosen):
+        name = "" if len(chosen) == 1 else json.dumps(forced_opening(wanted, function.name, is_begun=True))
+        arguments = json_rule(function.parameters or {"type": "object"})
+        rules.append(f"call_{place}: {name} {arguments} {closing}")
+    start = " | ".join(f"call_{place}" for place in range(len(chosen)))
+    return "\n".join([f"start: {start}", *rules])
 
 
 def _special_markers(tokenizer: Any, wanted: ToolFormat) -> dict[int, str]:

@@ -4,21 +4,25 @@ import dataclasses
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from loractl.adapters.errors import BaseMismatch, EngineFailure, Overloaded
+from loractl.adapters.errors import BaseMismatch, EngineFailure, Overloaded, WillNotFit
 from loractl.adapters.manifest import load_manifest
 from loractl.adapters.reference import Digest
 from loractl.server.engine.base_model import BaseModel
+from loractl.server.engine.constraint import Grammars, TokenGate
+from loractl.server.engine.containment import run_contained
 from loractl.server.engine.kernels.scan import scan_rows
 from loractl.server.engine.kv_cache import BlockPool
 from loractl.server.engine.limits import check_request, choose_num_blocks
 from loractl.server.engine.messages import (
     AdapterUse,
     Cancel,
+    Constraint,
     Event,
     Failed,
     Finished,
@@ -27,6 +31,7 @@ from loractl.server.engine.messages import (
     Submit,
     Token,
 )
+from loractl.server.engine.quarantine import Quarantine
 from loractl.server.engine.row_choice import Draw, choose_rows
 from loractl.server.engine.runner import Part, Runner
 from loractl.server.engine.sampler import RowSampler, prompt_logprobs
@@ -37,12 +42,15 @@ from loractl.server.engine.slots import AdapterSlots
 from loractl.server.engine.stats import EngineCounters, EngineStats, StepRecord, StepResult
 from loractl.server.engine.text import TextStream
 
+_MAX_BROKEN_STEPS = 3
+"""Steps in a row of which nothing could be computed: then the engine is asked whether it is sound."""
+
 
 @dataclass(slots=True)
 class _Commands:
     """What other threads have asked since the last step."""
 
-    submits: deque[Submit] = field(default_factory=deque[Submit])
+    submits: deque[tuple[Submit, TokenGate | None]] = field(default_factory=deque[tuple[Submit, TokenGate | None]])
     cancels: deque[RequestId] = field(default_factory=deque[RequestId])
     uses: deque[AdapterUse] = field(default_factory=deque[AdapterUse])
     unloads: deque[Digest] = field(default_factory=deque[Digest])
@@ -84,11 +92,14 @@ class Engine:
         self._runner.record()
         self._blocks = BlockPool(num_blocks)
         self._scheduler = Scheduler(settings, blocks=self._blocks, slots=self._slots)
+        self._grammars = Grammars(base.tokenizer, vocab_size=base.vocab_size, eos_token_ids=base.eos_token_ids)
         self._samplers: dict[RequestId, RowSampler] = {}
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._commands = _Commands()
         self._num_queued = 0
+        self._num_broken_steps = 0
+        self._quarantine = Quarantine()
         self._totals = dict.fromkeys(("prompt", "generated", "cached", "steps", "contained", "most_adapters"), 0)
         self._step_started_at: float | None = None
         self._stats = self._snapshot()
@@ -101,12 +112,22 @@ class Engine:
     def submit(self, request: Submit) -> None:
         """Queue a request; raises Overloaded when the queue is full, BadRequest for what can never run."""
         check_request(request, max_model_len=self.max_model_len, vocab_size=self.base.vocab_size)
+        constraint = request.sampling.constraint
+        gate = None if constraint is None else self._grammars.gate(constraint)
         with self._work:
+            self._quarantine.check(request)
             if self._num_queued >= self.settings.max_queue + self.settings.max_running:
                 raise Overloaded("the queue is full", retry_after_s=1.0)
             self._num_queued += 1
-            self._commands.submits.append(request)
+            self._commands.submits.append((request, gate))
             self._work.notify()
+
+    def check_constraint(self, constraint: Constraint) -> None:
+        """Compile what an output is to be held to, ahead of `submit`; raises BadRequest for what cannot be served.
+
+        Takes milliseconds, and up to a second at an engine's first.
+        """
+        self._grammars.gate(constraint)
 
     def cancel(self, request: Cancel) -> None:
         """End a request at the next step; unknown and ended ids are ignored."""
@@ -190,7 +211,7 @@ class Engine:
             commands, self._commands = self._commands, _Commands()
         for use in commands.uses:
             self._slots.want(use.digest, use.folder)
-        for submit in commands.submits:
+        for submit, gate in commands.submits:
             text = TextStream(
                 self.base.tokenizer,
                 prompt=submit.prompt,
@@ -198,7 +219,7 @@ class Engine:
                 include_stop=submit.sampling.include_stop,
             )
             self._samplers[submit.id] = RowSampler(
-                submit.sampling, prompt=submit.prompt, eos_token_ids=self.base.eos_token_ids
+                submit.sampling, prompt=submit.prompt, eos_token_ids=self.base.eos_token_ids, gate=gate
             )
             self._scheduler.add(Sequence.of(submit, text))
         cancelled = (self._scheduler.find(request_id) for request_id in dict.fromkeys(commands.cancels))
@@ -208,7 +229,7 @@ class Engine:
         return events
 
     def _run(self, chosen: list[tuple[Sequence, int]]) -> list[Event]:
-        """Compute the chosen tokens; an error ends the requests of this step and no other."""
+        """Compute the chosen tokens; an error ends the request that causes it and no other."""
         slots = self._slots.places()
         parts = [
             Part(
@@ -221,21 +242,38 @@ class Engine:
             for sequence, num_tokens in chosen
         ]
         wants_hidden = any(sequence.submit.wants_embedding for sequence, _ in chosen)
-        try:
-            logits, hidden = self._runner.run_with_hidden(parts) if wants_hidden else (self._runner.run(parts), None)
-        except (RuntimeError, MemoryError) as error:
-            self._totals["contained"] += len(chosen)
-            failure = EngineFailure(
-                f"a step failed: {type(error).__name__}", hint="ask again; the server's log has more"
-            )
-            return [self._end(sequence, Failed(id=sequence.id, error=failure)) for sequence, _ in chosen]
+
+        def compute(some: Rows[Part]) -> tuple[Tensor, Tensor | None]:
+            return self._runner.run_with_hidden(some) if wants_hidden else (self._runner.run(some), None)
+
+        contained = run_contained(compute, parts)
+        self._num_broken_steps = 0 if contained.runs else self._num_broken_steps + 1
+        if self._num_broken_steps >= _MAX_BROKEN_STEPS and contained.broken:
+            self._prove_sound()
+        events = [self._fail(chosen[place][0], error) for place, error in contained.broken.items()]
+        for places, (logits, hidden) in contained.runs:
+            events += self._take_logits([(*chosen[place], parts[place].num_logits) for place in places], logits, hidden)
+        return events
+
+    def _prove_sound(self) -> None:
+        """Compute one token of the bare base; what that raises is no request's fault, and the supervisor's to mend."""
+        if self._blocks.num_free:
+            blocks = self._blocks.take(1)
+            try:
+                self._runner.run([Part(tokens=[0], length=1, blocks=blocks, slots=(), num_logits=1)])
+            finally:
+                self._blocks.give_back(blocks)
+        self._num_broken_steps = 0
+
+    def _take_logits(self, rows: list[tuple[Sequence, int, int]], logits: Tensor, hidden: Tensor | None) -> list[Event]:
+        """Book what was computed of (sequence, tokens, rows of logits), and choose the next tokens that are due."""
         events: list[Event] = []
-        draws = self._draws(chosen, parts)
+        draws = self._draws(rows)
         likeliest, finite = scan_rows(logits) if draws is None else choose_rows(logits, draws)
         row = 0
-        for (sequence, num_tokens), part in zip(chosen, parts, strict=True):
-            mine = logits[row : row + part.num_logits]
-            row += part.num_logits
+        for sequence, num_tokens, num_logits in rows:
+            mine = logits[row : row + num_logits]
+            row += num_logits
             if sequence.wants_prompt_logprobs:
                 sequence.prompt_logprobs += prompt_logprobs(
                     mine,
@@ -253,37 +291,49 @@ class Engine:
                 )
         return events
 
-    def _draws(self, chosen: list[tuple[Sequence, int]], parts: list[Part]) -> list[Draw | None] | None:
+    def _draws(self, rows: list[tuple[Sequence, int, int]]) -> list[Draw | None] | None:
         """What a card needs to draw each row's token itself; None on a CPU, where rows are chosen one by one."""
         if not self._runner.on_card:
             return None
         draws: list[Draw | None] = []
-        for (sequence, num_tokens), part in zip(chosen, parts, strict=True):
-            draws += [None] * part.num_logits
+        for sequence, num_tokens, num_logits in rows:
+            draws += [None] * num_logits
             if num_tokens == sequence.num_pending:
                 draws[-1] = self._samplers[sequence.id].draw(sequence.num_outputs)
         return draws
+
+    def _fail(self, sequence: Sequence, error: Exception | None = None) -> Event:
+        """End a request that breaks steps, or whose output is no number (no error); its neighbours go on."""
+        self._totals["contained"] += 1
+        with self._lock:
+            self._quarantine.note(sequence.submit)
+        self._scheduler.distrust(sequence)
+        failure = _not_finite()
+        if error is not None:
+            hint = "ask again; the server's log has more"
+            failure = EngineFailure(f"a step failed: {type(error).__name__}", hint=hint)
+        return self._end(sequence, Failed(id=sequence.id, error=failure))
 
     def _advance(
         self, sequence: Sequence, logits: Tensor, *, likeliest: int, is_finite: bool, is_drawn: bool
     ) -> list[Event]:
         """Choose a sequence's next token, show its text, and end it where it must end."""
         if not is_finite:
-            self._totals["contained"] += 1
-            return [self._end(sequence, Failed(id=sequence.id, error=_not_finite()))]
+            return [self._fail(sequence)]
         sampling = sequence.submit.sampling
-        choice = self._samplers[sequence.id].choose(
-            logits, sequence.tokens[sequence.num_prompt :], likeliest=likeliest, is_drawn=is_drawn
-        )
+        sampler = self._samplers[sequence.id]
+        choice = sampler.choose(logits, sequence.tokens[sequence.num_prompt :], likeliest=likeliest, is_drawn=is_drawn)
+        if sampler.gate is not None and (failure_text := sampler.gate.failure) is not None:
+            refusal = WillNotFit(f"the output's constraint became too complex: {failure_text}", field="response_format")
+            return [self._end(sequence, Failed(id=sequence.id, error=refusal))]
         now = time.monotonic()
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         sequence.tokens.append(choice.token_id)
         self._totals["generated"] += 1
-        stop_id = choice.token_id in sampling.stop_token_ids
-        is_eos = choice.token_id in self.base.eos_token_ids and not sampling.ignore_eos
-        if (stop_id or is_eos) and sequence.num_outputs >= sampling.min_tokens:
-            return [self._finish(sequence, "stop", stop_reason=choice.token_id if stop_id else None)]
+        if self._ends_at(choice.token_id, sequence):
+            stop_id = choice.token_id if choice.token_id in sampling.stop_token_ids else None
+            return [self._finish(sequence, "stop", stop_reason=stop_id)]
         piece = sequence.text.push(choice.token_id, min_tokens_reached=sequence.num_outputs >= sampling.min_tokens)
         events: list[Event] = [
             Token(
@@ -297,6 +347,8 @@ class Engine:
         ]
         if piece.stop is not None:
             events.append(self._finish(sequence, "stop", stop_reason=piece.stop, tail=False))
+        elif sampler.gate is not None and sampler.gate.is_complete:
+            events.append(self._finish(sequence, "stop"))
         elif sequence.num_outputs >= sampling.max_tokens or len(sequence.tokens) >= self.max_model_len:
             events.append(self._finish(sequence, "length"))
         return events
@@ -306,9 +358,16 @@ class Engine:
         wide = hidden.float()
         unit = wide / wide.norm()
         if not bool(unit.isfinite().all()):
-            self._totals["contained"] += 1
-            return self._end(sequence, Failed(id=sequence.id, error=_not_finite()))
+            return self._fail(sequence)
         return self._finish(sequence, "stop", embedding=tuple(unit.tolist()))
+
+    def _ends_at(self, token_id: int, sequence: Sequence) -> bool:
+        """Whether a chosen token is an end and not a part of the output."""
+        sampling = sequence.submit.sampling
+        is_eos, is_stop = token_id in self.base.eos_token_ids, token_id in sampling.stop_token_ids
+        if sampling.constraint is not None:
+            return is_eos or is_stop  # a sampler chooses no end against `min_tokens` unless nothing else is allowed
+        return (is_stop or (is_eos and not sampling.ignore_eos)) and sequence.num_outputs >= sampling.min_tokens
 
     def _finish(
         self,

@@ -94,6 +94,12 @@ class BlockPool:
             self._key_of[block] = key
             self._block_of[key] = block
 
+    def withdraw(self, blocks: Iterable[int]) -> None:
+        """Let nobody find these held blocks: what they contain is not to be trusted."""
+        for block in blocks:
+            if (key := self._key_of.pop(block, None)) is not None:
+                del self._block_of[key]
+
     def give_back(self, blocks: Iterable[int]) -> None:
         """Let go of blocks, the last of a sequence first to be forgotten."""
         for block in reversed(list(blocks)):

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from loractl.adapters.errors import BadRequest, Unsupported, WillNotFit
+from loractl.adapters.errors import BadRequest, WillNotFit
 from loractl.server.engine.base_model import BaseModel
 from loractl.server.engine.messages import Submit
 from loractl.server.engine.model_shape import kv_shape
@@ -42,7 +42,7 @@ def _free_bytes(base: BaseModel) -> int:
 
 
 def check_request(request: Submit, *, max_model_len: int, vocab_size: int) -> None:
-    """Raise BadRequest or Unsupported, naming the field, for what can never run."""
+    """Raise BadRequest, naming the field, for what can never run."""
     sampling = request.sampling
     if not request.prompt:
         raise BadRequest("the prompt holds no token", field="prompt")
@@ -55,5 +55,3 @@ def check_request(request: Submit, *, max_model_len: int, vocab_size: int) -> No
         raise BadRequest(f"the prompt holds token ids outside 0 to {vocab_size - 1}", field="prompt")
     if not all(0 <= token < vocab_size for token in sampling.logit_bias):
         raise BadRequest(f"logit_bias names token ids outside 0 to {vocab_size - 1}", field="logit_bias")
-    if sampling.constraint is not None:
-        raise Unsupported("this server does not constrain outputs", field="response_format")

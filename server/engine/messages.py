@@ -3,6 +3,7 @@
 In: `Submit`, `Cancel`. Out, per request: any number of `Token`, then exactly one of `Finished` and `Failed`.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +31,13 @@ class AdapterUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraint:
-    """What the output must match: a JSON schema, a regular expression, or one of several strings."""
+    """What the output must match: a JSON schema, a regular expression, one of several strings, or a grammar."""
 
-    kind: Literal["json_object", "json_schema", "regex", "choice"]
+    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
     value: str = ""
-    """The schema as JSON text, the expression, or the choices as a JSON array of strings."""
+    """The schema as JSON text, the expression, the choices as a JSON array of strings, or the grammar in Lark."""
+    field: str = dataclasses.field(default="constraint", compare=False)
+    """Where the request asked for it, for errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,7 @@ class Sampling:
     """How many most likely tokens are reported beside each chosen one; 0 reports the chosen one alone."""
     num_prompt_logprobs: int | None = None
     constraint: Constraint | None = None
+    """Where nothing can follow, the output ends with reason "stop", whatever `min_tokens` and `ignore_eos` say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loractl.server.engine.constraint import TokenGate
 from loractl.server.engine.messages import Sampling, TokenLogprob
 from loractl.server.engine.row_choice import Draw
 
@@ -22,12 +23,22 @@ class Choice:
 class RowSampler:
     """The sampler of one request; its random numbers come from its own seed, whatever runs beside it."""
 
-    def __init__(self, sampling: Sampling, *, prompt: Tokens[int], eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        *,
+        prompt: Tokens[int],
+        eos_token_ids: frozenset[int],
+        gate: TokenGate | None = None,
+    ) -> None:
+        self.gate = gate
         self._sampling = sampling
         self._prompt = prompt
-        self._banned_early = sorted(eos_token_ids | set(sampling.stop_token_ids))
+        self._eos = tuple(sorted(eos_token_ids))
+        self._ends = tuple(sorted(eos_token_ids | set(sampling.stop_token_ids)))
         self._is_plain = (
-            sampling.num_logprobs is None
+            gate is None
+            and sampling.num_logprobs is None
             and sampling.repetition_penalty == 1.0
             and not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
         )
@@ -58,9 +69,10 @@ class RowSampler:
             return Choice(likeliest)
         # A copy: tensors made in inference mode refuse to be changed outside it.
         row = self._penalized(logits.to("cpu", torch.float32, copy=True), outputs)
-        if len(outputs) < sampling.min_tokens:
-            row[self._banned_early] = -torch.inf
-        token_id = int(row.argmax()) if self._generator is None else self._draw(row)
+        filtered = self._filtered(row, len(outputs))
+        token_id = int(filtered.argmax()) if self._generator is None else self._draw(filtered)
+        if self.gate is not None and token_id not in self._ends:
+            self.gate.take(token_id)
         if sampling.num_logprobs is None:
             return Choice(token_id)
         logprobs = torch.log_softmax(row, dim=-1)
@@ -70,6 +82,22 @@ class RowSampler:
             pairs = zip(ids.tolist(), values.tolist(), strict=True)
             top = tuple(TokenLogprob(token_id=index, logprob=value) for index, value in pairs)
         return Choice(token_id, float(logprobs[token_id]), top)
+
+    def _filtered(self, row: Tensor, num_outputs: int) -> Tensor:
+        """Without the tokens that the constraint forbids, nor ends that come too early; never without all of them."""
+        sampling = self._sampling
+        unwanted = self._ends if num_outputs < sampling.min_tokens else ()
+        if self.gate is None:
+            return row.index_fill(0, torch.tensor(unwanted, device=row.device), -torch.inf) if unwanted else row
+        allowed = self.gate.allowed()
+        if self.gate.may_end:
+            allowed[list(sampling.stop_token_ids)] = True
+        unwanted = unwanted or (self._eos if sampling.ignore_eos else ())
+        if unwanted:
+            others = allowed.index_fill(0, torch.tensor(unwanted), False)
+            # Where nothing but an end is allowed, the constraint has the last word.
+            allowed = others if others.any() else allowed
+        return row.masked_fill(~allowed.to(row.device), -torch.inf)
 
     def _penalized(self, row: Tensor, outputs: Tokens[int]) -> Tensor:
         sampling = self._sampling

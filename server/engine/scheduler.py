@@ -44,6 +44,10 @@ class Scheduler:
         for key in _share_keys(sequence):
             self._share.leave(key)
 
+    def distrust(self, sequence: Sequence) -> None:
+        """Share none of a failed sequence's blocks with others."""
+        self._blocks.withdraw(sequence.blocks)
+
     def admit(self, now: float) -> list[tuple[Sequence, LoractlError]]:
         """Start what can start, the least served first; return those that can never start and why."""
         failed: list[tuple[Sequence, LoractlError]] = []

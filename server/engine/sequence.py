@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from loractl.adapters.reference import Digest
-from loractl.server.engine.kv_cache import BlockKey, root_key
+from loractl.server.engine.kv_cache import BlockKey, child_key, root_key
 from loractl.server.engine.messages import RequestId, Submit, Timing, TokenLogprob
 from loractl.server.engine.text import TextStream
 
@@ -93,3 +93,9 @@ class Sequence:
             prefill_s=max(0.0, first - started),
             decode_s=max(0.0, now - first),
         )
+
+
+def fingerprint(submit: Submit) -> bytes:
+    """The same for requests of one tenant with the same prompt and adapters."""
+    key = tuple((use.digest, use.weight) for use in submit.adapters)
+    return child_key(root_key(salt=submit.tenant, adapters=key), submit.prompt)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 from openai import AsyncOpenAI
@@ -21,6 +22,12 @@ from tiny_models import make_adapter
 from tool_base import QUESTION, WEATHER, make_tool_base
 
 README = Path(__file__).parents[2] / "README.md"
+COUNT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"n": {"enum": [1, 2]}},
+    "required": ["n"],
+    "additionalProperties": False,
+}
 BEGIN, END = "<!-- features: begin -->", "<!-- features: end -->"
 
 
@@ -166,6 +173,38 @@ async def _(api: Api) -> None:
     assert named.choices[0].message == (await api.chat()).choices[0].message
 
 
+@feature(
+    "`response_format` json_object, json_schema", "the answer parses and validates; what cannot be held to is refused"
+)
+async def _(api: Api) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}}, "required": ["n"]}
+    closed = schema | {"additionalProperties": False}
+    asked: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "x", "schema": closed, "strict": True}}
+    ways: list[dict[str, Any]] = [
+        {"response_format": asked},
+        {"extra_body": {"structured_outputs": {"json": closed}}},
+    ]
+    for options in ways:
+        reply = await api.chat(max_tokens=120, temperature=1.5, n=3, **options)
+        for choice in reply.choices:
+            jsonschema.validate(json.loads(choice.message.content), closed)
+    free = await api.chat(max_tokens=4, response_format={"type": "json_object"})
+    assert free.choices[0].message.content.lstrip().startswith("{")
+    asked["json_schema"]["schema"] = {"type": "array", "uniqueItems": True}
+    with pytest.raises(openai.BadRequestError, match="uniqueItems") as refused:
+        await api.chat(response_format=asked)
+    assert refused.value.param == "response_format.json_schema.schema"
+
+
+@feature("`structured_outputs`, `guided_*`: json, regex, choice", "vLLM's fields, newer and older, for chats and texts")
+async def _(api: Api) -> None:
+    for extra in ({"structured_outputs": {"choice": ["left", "right"]}}, {"guided_choice": ["left", "right"]}):
+        assert (await api.text(extra_body=extra)).choices[0].text in {"left", "right"}
+    for spelled in ({"structured_outputs": {"regex": "[a-c]{3}"}}, {"guided_regex": "[a-c]{3}"}):
+        assert set((await api.chat(extra_body=spelled)).choices[0].message.content) <= set("abc")
+    assert (await api.text(extra_body={"guided_json": '{"const": 7}'})).choices[0].text == "7"
+
+
 @feature("Tools, `tool_choice` auto", "rendered by the base's template; Hermes/Qwen, Llama 3 JSON and Mistral are read")
 async def _(api: Api) -> None:
     reply = await api.chat(tools=[WEATHER], max_tokens=80)
@@ -187,11 +226,26 @@ async def _(api: Api) -> None:
     assert chunks[-1].finish_reason == "tool_calls"
 
 
-@feature("Tools, `tool_choice` required, named, none", "the call is begun for the model, or no tool is shown")
+@feature(
+    "Tools, `tool_choice` required, named, none",
+    "the call is begun for the model and held to the schema, or no tool is shown",
+)
 async def _(api: Api) -> None:
     for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
         reply = await api.chat(tools=[WEATHER], tool_choice=choice, max_tokens=80)
         assert reply.choices[0].message.tool_calls[0].function.name == "get_weather"
+    # Hot, this base would write anything: two tools, and arguments that it never saw.
+    tools = [WEATHER, {"type": "function", "function": {"name": "count", "strict": True, "parameters": COUNT}}]
+    named = {"type": "function", "function": {"name": "count"}}
+    for choice in ("required", named):
+        reply = await api.chat(tools=tools, tool_choice=choice, max_tokens=90, temperature=2.0, seed=3)
+        (call,) = reply.choices[0].message.tool_calls
+        if call.function.name == "count":
+            jsonschema.validate(json.loads(call.function.arguments), COUNT)
+    odd = COUNT | {"not": {"required": ["m"]}}
+    with pytest.raises(openai.BadRequestError, match="not"):
+        tools[1]["function"]["parameters"] = odd
+        await api.chat(tools=tools[1:], tool_choice=named)
     reply = await api.chat(tools=[WEATHER], tool_choice="none")
     assert reply.choices[0].message.tool_calls is None
     assert reply.usage.prompt_tokens == (await api.chat()).usage.prompt_tokens

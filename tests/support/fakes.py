@@ -12,6 +12,7 @@ from loractl.adapters.reference import Digest
 from loractl.server.engine.messages import (
     AdapterUse,
     Cancel,
+    Constraint,
     Event,
     Failed,
     Finished,
@@ -62,6 +63,9 @@ class FakeEngine:
         self._wake = threading.Condition()
         self._rows: dict[RequestId, _Row] = {}
         self._max_distinct = 0
+
+    def check_constraint(self, constraint: Constraint) -> None:
+        del constraint
 
     def submit(self, request: Submit) -> None:
         if not request.prompt:
