@@ -120,6 +120,12 @@ def translated(place: str, *, about: str) -> Iterator[None]:
         raise unreachable(place, cause) from error
     except hf.HFValidationError as error:
         raise BadRequest(str(error)) from error
+    except ValueError as error:
+        # How huggingface_hub tells that the hub refuses a file before its bytes are sent, in the hub's words alone.
+        _, is_refusal, words = str(error).partition("LFS batch API returned errors:")
+        if not is_refusal:
+            raise
+        raise WillNotFit(words.partition("`")[2].strip("` \n") or words.strip(), hint=_hint(WillNotFit)) from error
     except (httpx.HTTPError, _hf_transport_error(), ConnectionError, TimeoutError, hf.FileMetadataError) as error:
         raise unreachable(place, error) from error
 

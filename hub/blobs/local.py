@@ -34,6 +34,7 @@ class LocalBlobStore(BlobStore):
         self._blobs = root / "blobs" / "sha256"
         self._staging = root / "staging"
         self._durable: set[Path] = set()
+        root.mkdir(parents=True, exist_ok=True)
         for folder in (root / "blobs", self._blobs, self._staging):
             self._make_durable(folder)
 

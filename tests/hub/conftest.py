@@ -6,11 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from live_hub import LiveHub, live_hub
 from live_postgres import LivePostgres, live_postgres
 from live_s3 import LiveS3, live_s3
 from tiny_models import make_adapter, make_tiny_base
+
+
+@pytest.fixture(autouse=True)
+def stock_clients_upload_as_they_would() -> Iterator[None]:
+    """Our own client settles for classic LFS, for its whole process; here others share that process."""
+    was = constants.HF_HUB_DISABLE_XET
+    yield
+    constants.HF_HUB_DISABLE_XET = was
 
 
 @pytest.fixture(scope="session")

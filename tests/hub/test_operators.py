@@ -8,6 +8,9 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from live_hub import LiveHub
+from loractl.adapters.errors import WillNotFit
+from loractl.adapters.reference import AdapterRef
+from loractl.hub.client import HubClient
 from loractl.hub.database import SQLITE_FILE
 from pushing import push
 
@@ -55,10 +58,11 @@ def test_push_beyond_the_quota_is_refused_with_figure_and_fix(hub: LiveHub, adap
     with hub.http() as http:
         view = http.put(f"{_API}/quotas/team", json={"size_bytes": used + 100}).json()
         assert (view["used_bytes"], view["quota_bytes"], view["num_repos"]) == (used, used + 100, 1)
-        with pytest.raises(
-            HfHubHTTPError, match=rf"(?s)413.*{used:,} of its {used + 100:,} bytes.*quota set team --bytes"
-        ) as _:
+        figures = rf"{used:,} of its {used + 100:,} bytes.*"
+        with pytest.raises(HfHubHTTPError, match=rf"(?s)413.*{figures}quota set team --bytes"):
             push(hub, other_adapter)
+        with HubClient(hub.url, hub.admin) as client, pytest.raises(WillNotFit, match=figures):
+            client.push(other_adapter, AdapterRef("team", "name"))
         http.put(f"{_API}/quotas/team", json={"size_bytes": None})
         push(hub, other_adapter)
         listed = http.get(f"{_API}/quotas").json()["quotas"]
