@@ -111,7 +111,12 @@ class Engine:
 
     def submit(self, request: Submit) -> None:
         """Queue a request; raises Overloaded when the queue is full, BadRequest for what can never run."""
-        check_request(request, max_model_len=self.max_model_len, vocab_size=self.base.vocab_size)
+        check_request(
+            request,
+            max_model_len=self.max_model_len,
+            vocab_size=self.base.vocab_size,
+            max_adapters=self.settings.distinct_bound,
+        )
         constraint = request.sampling.constraint
         gate = None if constraint is None else self._grammars.gate(constraint)
         with self._work:

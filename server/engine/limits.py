@@ -41,7 +41,7 @@ def _free_bytes(base: BaseModel) -> int:
     return int(min(free, _AUTO_HOST_LIMIT_BYTES))
 
 
-def check_request(request: Submit, *, max_model_len: int, vocab_size: int) -> None:
+def check_request(request: Submit, *, max_model_len: int, vocab_size: int, max_adapters: int) -> None:
     """Raise BadRequest, naming the field, for what can never run."""
     sampling = request.sampling
     if not request.prompt:
@@ -55,3 +55,8 @@ def check_request(request: Submit, *, max_model_len: int, vocab_size: int) -> No
         raise BadRequest(f"the prompt holds token ids outside 0 to {vocab_size - 1}", field="prompt")
     if not all(0 <= token < vocab_size for token in sampling.logit_bias):
         raise BadRequest(f"logit_bias names token ids outside 0 to {vocab_size - 1}", field="logit_bias")
+    num_adapters = len({use.digest for use in request.adapters})
+    if num_adapters > max_adapters:
+        raise BadRequest(
+            f"{num_adapters} adapters are to be summed, and {max_adapters} can run together here", field="adapters"
+        )

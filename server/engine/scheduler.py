@@ -49,17 +49,28 @@ class Scheduler:
         self._blocks.withdraw(sequence.blocks)
 
     def admit(self, now: float) -> list[tuple[Sequence, LoractlError]]:
-        """Start what can start, the least served first; return those that can never start and why."""
+        """Start what can start, the least served first; return those that can never start and why.
+
+        One that has been passed over too often holds back all others until what it needs is free.
+        """
         failed: list[tuple[Sequence, LoractlError]] = []
+        passed: list[Sequence] = []
+        is_held_back = False
         self.wait_reasons.clear()
         for sequence in sorted(self.waiting, key=self._turn):
             error = self._hopeless(sequence, now)
             if error is not None:
                 failed.append((sequence, error))
-            elif (reason := self._why_wait(sequence)) is None:
-                self._start(sequence, now)
-            else:
+                continue
+            reason = "turn" if is_held_back else self._why_wait(sequence)
+            if reason is not None:
                 self.wait_reasons[reason] += 1
+                passed.append(sequence)
+                is_held_back = is_held_back or self._holds_back(sequence)
+                continue
+            self._start(sequence, now)
+            for other in passed:
+                other.overtaken += 1
         for sequence, _ in failed:
             self.remove(sequence)
         return failed
@@ -105,6 +116,14 @@ class Scheduler:
             sequence.arrived_at,
         )
 
+    def _holds_back(self, sequence: Sequence) -> bool:
+        """Whether a sequence was passed over too often, and running ones have what it needs; a load is not theirs."""
+        return (
+            sequence.overtaken >= self._settings.max_overtakes
+            and all(self._slots.is_near(digest) for digest in sequence.digests)
+            and self._slots.could_hold(sequence.digests)
+        )
+
     def _hopeless(self, sequence: Sequence, now: float) -> LoractlError | None:
         deadline = sequence.submit.deadline_s
         if deadline is not None and now > deadline:
@@ -144,8 +163,6 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, now: float) -> None:
         self.waiting.remove(sequence)
-        for other in self.waiting:
-            other.overtaken += other.arrived_at < sequence.arrived_at
         for digest in sequence.digests:
             self._slots.hold(digest)
         sequence.holds_slots = True

@@ -39,7 +39,7 @@ class EngineSettings:
     load_timeout_s: float = 60.0
     """How long a request waits for its adapter before it fails."""
     max_overtakes: int = 64
-    """How many later requests may start before a waiting one that could have started."""
+    """How often a waiting request may be passed over by ones whose turn comes later; then they wait for it."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "max_rank", "max_batch_tokens", "max_running", "block_size", "num_loaders"):

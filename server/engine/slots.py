@@ -4,9 +4,11 @@ A slot is one contiguous row of a slab over all layers, so a load is one copy. F
 that copy happens on the engine's thread, between steps.
 """
 
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +22,18 @@ from loractl.server.engine.kv_cache import BooksError
 from loractl.server.engine.side_lora import SideSite
 from loractl.server.engine.slab_copies import SlabCopies, make_lane
 from loractl.server.engine.stats import SlotStats
+
+_FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
+_MAX_FAILURES_KEPT = 1024
+
+
+@dataclass(slots=True)
+class _LoadFailure:
+    """A load that failed: its error is the answer to whoever asks until it is tried again."""
+
+    error: LoractlError
+    retry_at: float
+    back_off_s: float
 
 
 class AdapterSlots:
@@ -59,6 +73,8 @@ class AdapterSlots:
         self._host: OrderedDict[Digest, HostAdapter] = OrderedDict()
         self._host_limit_bytes = host_cache_bytes
         self._loading: dict[Digest, Future[HostAdapter]] = {}
+        self._failures: OrderedDict[Digest, _LoadFailure] = OrderedDict()
+        self._leaving: set[Digest] = set()
         self._loaders = ThreadPoolExecutor(
             num_loaders, thread_name_prefix="adapter-loader", initializer=native.run_alone
         )
@@ -73,21 +89,33 @@ class AdapterSlots:
         return digest in self._slot_of or digest in self._host or (future is not None and future.done())
 
     def want(self, digest: Digest, folder: Path) -> None:
-        """Begin to read an adapter unless it is near already; returns at once."""
-        if digest not in self._slot_of and digest not in self._host and digest not in self._loading:
+        """Begin to read an adapter unless it is near, or failed a moment ago; returns at once."""
+        is_known = digest in self._slot_of or digest in self._host or digest in self._loading
+        if not is_known and self._recent_failure(digest) is None:
             self._loading[digest] = self._loaders.submit(self._reader.read, folder)
 
     def failure(self, digest: Digest) -> LoractlError | None:
-        """The error of a load that has failed; asking again clears it, so the next request tries anew."""
+        """The error of a load that has failed, for all who wait; it is tried again after a time that doubles."""
         future = self._loading.get(digest)
-        if future is None or not future.done() or (error := future.exception()) is None:
-            return None
-        del self._loading[digest]
-        self.num_failures += 1
+        if future is not None and future.done() and (error := future.exception()) is not None:
+            del self._loading[digest]
+            self.num_failures += 1
+            self._note_failure(digest, error)
+        return self._recent_failure(digest)
+
+    def _note_failure(self, digest: Digest, error: BaseException) -> None:
         if not isinstance(error, LoractlError):
-            return AdapterInvalid(f"adapter {digest[:19]} could not be read: {error}", field="model")
+            error = AdapterInvalid(f"adapter {digest[:19]} could not be read: {error}", field="model")
         error.field = error.field or "model"
-        return error
+        before = self._failures.pop(digest, None)
+        back_off_s = _FIRST_BACK_OFF_S if before is None else min(2 * before.back_off_s, _LONGEST_BACK_OFF_S)
+        self._failures[digest] = _LoadFailure(error, time.monotonic() + back_off_s, back_off_s)
+        if len(self._failures) > _MAX_FAILURES_KEPT:
+            self._failures.popitem(last=False)
+
+    def _recent_failure(self, digest: Digest) -> LoractlError | None:
+        failure = self._failures.get(digest)
+        return failure.error if failure is not None and time.monotonic() < failure.retry_at else None
 
     def place(self, digest: Digest) -> bool:
         """Give an adapter that is on the host a slot, evicting one that nobody holds; False where none can go, and
@@ -116,6 +144,7 @@ class AdapterSlots:
 
     def hold(self, digest: Digest) -> int:
         """Keep a resident adapter in its slot until it is let go; returns the slot."""
+        self._leaving.discard(digest)  # asked for again
         self._holders[digest] += 1
         self._slot_of.move_to_end(digest)
         return self._slot_of[digest]
@@ -124,6 +153,13 @@ class AdapterSlots:
         self._holders[digest] -= 1
         if self._holders[digest] == 0:
             del self._holders[digest]
+            if digest in self._leaving:
+                self.unload(digest)
+
+    def could_hold(self, digests: Iterable[Digest]) -> bool:
+        """Whether there would be slots for all of these at once if nobody held any."""
+        wanted = set(digests)
+        return len(self._pinned | wanted) <= self.num_slots
 
     def pin(self, digest: Digest) -> None:
         """Never evict this adapter; one slot always stays unpinned. Raises NotFound or WillNotFit."""
@@ -137,10 +173,14 @@ class AdapterSlots:
         self._pinned.discard(digest)
 
     def unload(self, digest: Digest) -> None:
-        """Forget an adapter that nobody holds."""
+        """Forget an adapter, and the failure of its load, as soon as nobody holds it."""
         self._pinned.discard(digest)
         self._host.pop(digest, None)
-        if digest in self._slot_of and digest not in self._holders:
+        self._failures.pop(digest, None)
+        self._leaving.discard(digest)
+        if digest in self._holders:
+            self._leaving.add(digest)
+        elif digest in self._slot_of:
             self._evict(digest)
 
     def places(self) -> Mapping[Digest, int]:
@@ -184,6 +224,7 @@ class AdapterSlots:
         future = self._loading.get(digest)
         if future is not None and future.done() and future.exception() is None:
             del self._loading[digest]
+            self._failures.pop(digest, None)
             self._host[digest] = future.result()
             self._trim_host(keep=digest)
         elif digest in self._host:
