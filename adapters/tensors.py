@@ -108,8 +108,13 @@ class TensorFile:
         """The tensor's values flat, at most 4 MiB at a time."""
         entry = self.entries[name]
         for start in range(entry.start, entry.end, _CHUNK_BYTES):
-            piece = self._slice(start, min(start + _CHUNK_BYTES, entry.end))
-            yield np.frombuffer(piece, dtype=_DTYPES[entry.dtype][1])
+            stop = min(start + _CHUNK_BYTES, entry.end)
+            yield np.frombuffer(self._slice(start, stop), dtype=_DTYPES[entry.dtype][1])
+            self._release(start, stop)
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading a tensor of a mapped file took; what was read stays valid."""
+        self._release(self.entries[name].start, self.entries[name].end)
 
     def first_not_finite(self) -> str | None:
         """Name the first tensor that holds a NaN or an infinity; bounded memory."""
@@ -123,6 +128,12 @@ class TensorFile:
         if dtype in {"F16", "F32", "F64", "C64"}:
             return all(np.isfinite(chunk).all() for chunk in self.chunks(name))
         return True
+
+    def _release(self, start: int, end: int) -> None:
+        if isinstance(self._source, mmap.mmap):
+            # The pages are the file's: whoever looks again gets them from the page cache or the disk.
+            begin = start - start % mmap.PAGESIZE
+            self._source.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def _slice(self, start: int, end: int) -> memoryview:
         if isinstance(self._source, mmap.mmap):

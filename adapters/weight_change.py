@@ -25,7 +25,11 @@ def factors(tensors: TensorFile, module: LoraModule) -> tuple[Matrix, Matrix]:
 def change_norm(tensors: TensorFile, module: LoraModule, *, scaling: float) -> float:
     """The Frobenius norm of `scaling * B A`, from two [rank, rank] products."""
     a, b = factors(tensors, module)
-    return norm_of_product(a, b, scaling=scaling)
+    norm = norm_of_product(a, b, scaling=scaling)
+    for entry in (module.a, module.b):
+        if entry is not None:
+            tensors.release(entry.name)
+    return norm
 
 
 def norm_of_product(a: Matrix, b: Matrix, *, scaling: float) -> float:
