@@ -90,7 +90,9 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def source(hub: FakeHub, clock: Clock) -> Any:
-    source = AdapterSource(local={}, hub=hub, base_fingerprint=BASE, clock=clock)
+    # A busy machine must not look like a slow hub.
+    patient = FetchLimits(resolve_timeout_s=60.0, stale_wait_s=60.0)
+    source = AdapterSource(local={}, hub=hub, base_fingerprint=BASE, limits=patient, clock=clock)
     yield source
     await source.close()
 
@@ -199,7 +201,7 @@ async def test_unknown_name_is_asked_once_and_forgotten_in_time(
 
 
 async def test_memory_of_unknown_names_is_bounded(hub: FakeHub, clock: Clock) -> None:
-    limits = FetchLimits(max_negative=50, max_lookups_per_s=1e9)
+    limits = FetchLimits(max_negative=50, max_lookups_per_s=1e9, resolve_timeout_s=60.0)
     source = AdapterSource(local={}, hub=hub, base_fingerprint=BASE, limits=limits, clock=clock)
     for number in range(200):
         with pytest.raises(RepoNotFound):

@@ -121,7 +121,7 @@ async def test_router_that_follows_the_page_sends_requests_where_their_adapter_i
 ) -> None:
     num_requests = 2000 if LONG else 300
     figures: dict[str, tuple[float, float]] = {}
-    limits = FetchLimits(max_lookups_per_s=10_000.0, fresh_s=3600.0, usable_s=3600.0)
+    limits = FetchLimits(max_lookups_per_s=10_000.0, fresh_s=3600.0, usable_s=3600.0, resolve_timeout_s=60.0)
     for name, by_affinity in (("affinity", True), ("random", False)):
         options = {"hub": EveryName(tmp_path), "fetch_limits": limits}
         lives = [
