@@ -80,13 +80,16 @@ def _text_of(request: AnyRequest, error: LoractlError) -> str:
 
 def answer_http_error(request: AnyRequest, error: HTTPException) -> Response[Any]:
     """The answer to what Litestar refuses by itself: unknown routes, bodies that are not what the route takes."""
-    kind: type[LoractlError] = NotFound if error.status_code == 404 else BadRequest
-    detail = error.detail
+    status, detail = error.status_code, error.detail
+    if status == 405 and not request.scope["path"].startswith("/api/"):
+        # A page is at TEAM/NAME; clients that ask something else of such an address go on from a 404 alone.
+        status, detail = 404, "Not Found"
+    kind: type[LoractlError] = NotFound if status == 404 else BadRequest
     if isinstance(error.extra, list) and error.extra:
         detail = "; ".join(f"{item.get('key', 'body')}: {item.get('message', '')}" for item in error.extra)
     body = ErrorBody(error=detail, code=kind.code, request_id=request.scope["state"].get("request_id"))
     headers = dict(error.headers or {}) | {"X-Error-Message": _header_text(detail)}
-    return _response(request, body, error.status_code, headers)
+    return _response(request, body, status, headers)
 
 
 def answer_moved(request: AnyRequest, error: RepoMoved) -> Response[Any]:
