@@ -13,6 +13,7 @@ from typing import Any
 
 from loractl.adapters.digest import file_sha256
 from loractl.adapters.errors import NotFound
+from loractl.adapters.manifest import BasePin, Quantization
 
 # Settings that change what the weights compute; the rest of config.json (versions, dtypes, paths) does not.
 _SHAPE_KEYS = (
@@ -46,6 +47,21 @@ class BaseIdentity:
     weights_sha256: str
     tokenizer_sha256: str | None
     chat_template_sha256: str | None
+
+    def pin(
+        self, *, revision: str | None = None, quantization: Quantization = "none", dtype: str | None = None
+    ) -> BasePin:
+        """What an adapter's manifest says of this base, and of how it was held while the adapter was trained."""
+        return BasePin(
+            id=self.id,
+            fingerprint=self.fingerprint,
+            revision=revision,
+            weights_sha256=self.weights_sha256,
+            tokenizer_sha256=self.tokenizer_sha256,
+            chat_template_sha256=self.chat_template_sha256,
+            quantization=quantization,
+            dtype=dtype,
+        )
 
 
 def identify_base(folder: Path, *, base_id: str | None = None) -> BaseIdentity:

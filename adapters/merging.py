@@ -16,7 +16,7 @@ from loractl.adapters.base_source import BaseSource
 from loractl.adapters.config import read_config
 from loractl.adapters.digest import CONFIG_FILE, folder_digest
 from loractl.adapters.errors import BaseMismatch, Incompatible, UsageError
-from loractl.adapters.manifest import BasePin, Manifest, load_manifest
+from loractl.adapters.manifest import Manifest, load_manifest
 from loractl.adapters.training.probes import probe_drift
 from loractl.adapters.training.saving import save_adapter
 
@@ -108,14 +108,7 @@ def merge_together(
         raise Incompatible(f"these adapters cannot be merged by {method}: {error}") from error
     config = model.peft_config["merged"]
     manifest = Manifest(
-        base=BasePin(
-            id=identity.id,
-            fingerprint=identity.fingerprint,
-            revision=source.revision,
-            weights_sha256=identity.weights_sha256,
-            tokenizer_sha256=identity.tokenizer_sha256,
-            chat_template_sha256=identity.chat_template_sha256,
-        ),
+        base=identity.pin(revision=source.revision),
         rank=config.r,
         targets=sorted(config.target_modules),
         recipe={

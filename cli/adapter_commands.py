@@ -263,7 +263,7 @@ def _pin_base(folder: Path, base: Path) -> None:
     """Write the base's identity into the folder's manifest, unless it pins this base already."""
     from loractl.adapters.base_identity import identify_base
     from loractl.adapters.errors import BaseMismatch
-    from loractl.adapters.manifest import BasePin, Manifest, load_manifest, save_manifest
+    from loractl.adapters.manifest import Manifest, load_manifest, save_manifest
 
     identity = identify_base(base)
     manifest = load_manifest(folder) or Manifest()
@@ -271,13 +271,7 @@ def _pin_base(folder: Path, base: Path) -> None:
         if manifest.base.fingerprint != identity.fingerprint:
             raise BaseMismatch(f"{folder} is pinned to {manifest.base.id}, another base than {base}")
         return
-    manifest.base = BasePin(
-        id=identity.id,
-        fingerprint=identity.fingerprint,
-        weights_sha256=identity.weights_sha256,
-        tokenizer_sha256=identity.tokenizer_sha256,
-        chat_template_sha256=identity.chat_template_sha256,
-    )
+    manifest.base = identity.pin()
     save_manifest(manifest, folder)
     print_note(f"wrote {folder}/loractl.json: base {identity.id}, {identity.fingerprint[:19]}")
 

@@ -125,7 +125,7 @@ def translated(place: str, *, about: str) -> Iterator[None]:
         _, is_refusal, words = str(error).partition("LFS batch API returned errors:")
         if not is_refusal:
             raise
-        raise WillNotFit(words.partition("`")[2].strip("` \n") or words.strip(), hint=_hint(WillNotFit)) from error
+        raise WillNotFit(words.partition("`")[2].strip("` \n") or words.strip()) from error
     except (httpx.HTTPError, _hf_transport_error(), ConnectionError, TimeoutError, hf.FileMetadataError) as error:
         raise unreachable(place, error) from error
 

@@ -13,7 +13,7 @@ from loractl.adapters.base_identity import BaseIdentity, base_window, identify_b
 from loractl.adapters.base_source import resolve_base
 from loractl.adapters.digest import folder_digest
 from loractl.adapters.errors import BadRecipe, Incompatible, LoractlError, UsageError
-from loractl.adapters.manifest import BasePin, DataRecord, Manifest
+from loractl.adapters.manifest import DataRecord, Manifest
 from loractl.adapters.reference import Digest
 from loractl.adapters.training.checkpoint import (
     Checkpoint,
@@ -320,16 +320,7 @@ def _manifest(recipe: Recipe, inputs: Inputs, *, num_parameters: int, parent: Di
     if recipe.adapter.start_from:
         settings["adapter"]["start_from"] = parent
     return Manifest(
-        base=BasePin(
-            id=identity.id,
-            fingerprint=identity.fingerprint,
-            revision=inputs.revision,
-            weights_sha256=identity.weights_sha256,
-            tokenizer_sha256=identity.tokenizer_sha256,
-            chat_template_sha256=identity.chat_template_sha256,
-            quantization=recipe.quantize,
-            dtype=recipe.dtype,
-        ),
+        base=inputs.identity.pin(revision=inputs.revision, quantization=recipe.quantize, dtype=recipe.dtype),
         task=inputs.rows[0].form,
         num_trainable_parameters=num_parameters,
         data=DataRecord(
