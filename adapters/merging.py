@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loractl.adapters.base_identity import BaseIdentity, identify_base
-from loractl.adapters.base_loading import Dtype, load_base_model, load_tokenizer
+from loractl.adapters.base_loading import Dtype, load_base_model, load_tokenizer, quiet_libraries
 from loractl.adapters.base_source import BaseSource
 from loractl.adapters.config import read_config
 from loractl.adapters.digest import CONFIG_FILE, folder_digest
@@ -41,6 +41,7 @@ def merge_into_base(adapter: Path, source: BaseSource, out: Path, *, dtype: Dtyp
 
     Raises BaseMismatch for another base's adapter, UsageError where `out` exists.
     """
+    quiet_libraries()  # before PEFT imports what speaks
     from peft import PeftModel
 
     _check_new(out)
@@ -77,6 +78,8 @@ def merge_together(
     belong to different bases, Incompatible where the method cannot join them.
     """
     import torch
+
+    quiet_libraries()  # before PEFT imports what speaks
     from peft import PeftModel
 
     _check_new(out)

@@ -69,8 +69,10 @@ def evaluate(*, adapters: tuple[str, ...], hub_url: str | None, as_json: bool, *
 
 
 def _scores(folders: list[tuple[str, Path]], way: str, flags: dict[str, Any], *, writes: bool) -> list[dict[str, Any]]:
-    from loractl.adapters.base_loading import load_base_model, load_tokenizer
+    from loractl.adapters.base_loading import load_base_model, load_tokenizer, quiet_libraries
     from loractl.adapters.base_source import resolve_base
+
+    quiet_libraries()  # before PEFT imports what speaks
     from loractl.adapters.training.evaluation_data import evaluation_data
     from loractl.adapters.training.scoring import Scorer, timed_scores
 
