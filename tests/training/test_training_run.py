@@ -12,25 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loractl.adapters.errors import BadRecipe, BadRow, TargetsMissing
 from loractl.adapters.training.examples import prepare_examples
-from loractl.adapters.training.recipe import DataPart, Recipe, resolve_recipe
+from loractl.adapters.training.recipe import DataPart, resolve_recipe
 from loractl.adapters.training.rows import read_rows, rows_digest
 from loractl.adapters.training.run import Outcome, run
 from loractl.adapters.validation import FolderTree, validate_tree
 from tiny_models import make_tiny_base
-
-ROWS = [("a quick film", "positive"), ("a lazy dog", "negative"), ("great charm", "positive"), ("no sense", "negative")]
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def _recipe(folder: Path, base: Path, **settings: Any) -> Recipe:
-    data = _write(folder / "rows.jsonl", [{"text": text, "label": label} for text, label in ROWS])
-    given = {"base": str(base), "out": str(folder / "out"), "quantize": "none", "dtype": "float32"}
-    parts = {"data.files": [str(data)], "data.eval_share": 0.25, "train.epochs": 4.0, "train.learning_rate": 1e-2}
-    return resolve_recipe(preset="article", file=None, settings=given | parts | settings)
+from tiny_runs import tiny_recipe, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(folder: Path, base: Path, **settings: Any) -> tuple[Outcome, list[Any]]:
     events: list[Any] = []
-    return run(_recipe(folder, base, **settings), listener=events.append), events
+    return run(tiny_recipe(folder, base, **settings), listener=events.append), events
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -67,7 +54,7 @@ def test_training_lowers_the_loss_and_reports_every_step(tmp_path: Path, base: P
 
 
 def test_first_loss_equals_transformers_own_when_the_adapter_is_still_zero(tmp_path: Path, base: Path) -> None:
-    recipe = _recipe(tmp_path, base)
+    recipe = tiny_recipe(tmp_path, base)
     tokenizer = AutoTokenizer.from_pretrained(str(base))
     prepared = prepare_examples(read_rows(Path(recipe.data.files[0])), tokenizer, recipe.data, max_tokens=64)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -110,7 +97,7 @@ def test_training_goes_on_from_an_adapter(tmp_path: Path, base: Path) -> None:
 
 
 def test_broken_row_is_named_by_file_and_line_and_nothing_is_trained(tmp_path: Path, base: Path) -> None:
-    recipe = _recipe(tmp_path, base)
+    recipe = tiny_recipe(tmp_path, base)
     path = Path(recipe.data.files[0])
     path.write_text('{"text": "a", "label": "b"}\n{"text": "a", "label": }\n')
     events: list[Any] = []
@@ -140,7 +127,7 @@ def test_conversation_learns_only_the_answers_and_their_stop_token(base: Path, t
         {"role": "assistant", "content": "no"},
     ]
     tokenizer = AutoTokenizer.from_pretrained(str(base))
-    rows = read_rows(_write(tmp_path / "chat.jsonl", [{"messages": messages}]))
+    rows = read_rows(write_rows(tmp_path / "chat.jsonl", [{"messages": messages}]))
     (example,) = prepare_examples(rows, tokenizer, DataPart(), max_tokens=512).examples
     learned = [token for token, flag in zip(example.ids, example.learned, strict=True) if flag]
     assert tokenizer.decode(learned) == "yes<|im_end|>no<|im_end|>"
@@ -148,9 +135,9 @@ def test_conversation_learns_only_the_answers_and_their_stop_token(base: Path, t
 
 def test_data_digest_ignores_the_order_of_rows(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
-    one, other = _write(tmp_path / "one.jsonl", rows), _write(tmp_path / "other.jsonl", rows[::-1])
+    one, other = write_rows(tmp_path / "one.jsonl", rows), write_rows(tmp_path / "other.jsonl", rows[::-1])
     assert rows_digest(read_rows(one)) == rows_digest(read_rows(other))
-    assert rows_digest(read_rows(one)) != rows_digest(read_rows(_write(tmp_path / "less.jsonl", rows[:1])))
+    assert rows_digest(read_rows(one)) != rows_digest(read_rows(write_rows(tmp_path / "less.jsonl", rows[:1])))
 
 
 @pytest.mark.parametrize(

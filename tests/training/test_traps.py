@@ -19,25 +19,20 @@ from loractl.adapters.training.batches import collate
 from loractl.adapters.training.evaluation import evaluate
 from loractl.adapters.training.examples import make_example
 from loractl.adapters.training.loss import summed_loss
-from loractl.adapters.training.recipe import DataPart, Recipe, resolve_recipe
+from loractl.adapters.training.recipe import DataPart, Recipe
 from loractl.adapters.training.rows import read_rows
 from loractl.adapters.training.run import Outcome, run
 from loractl.adapters.training.targets import resolve_targets
 from loractl.adapters.training.trunk import Trunk
 from loractl.adapters.validation import FolderTree, Policy, validate_tree
 from tiny_models import make_adapter, make_tiny_base
+from tiny_runs import tiny_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
-ROWS = [("a quick film", "positive"), ("a lazy dog", "negative"), ("great charm", "positive"), ("no sense", "negative")]
-
 
 def _recipe(folder: Path, base: Path, **settings: Any) -> Recipe:
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in ROWS * 2))
-    given = {"base": str(base), "out": str(folder / "out"), "quantize": "none", "dtype": "float32"}
-    parts = {"data.files": [str(data)], "data.eval_share": 0.25, "train.epochs": 1.0, "train.learning_rate": 1e-2}
-    return resolve_recipe(preset="article", file=None, settings=given | parts | settings)
+    return tiny_recipe(folder, base, repeat=2, **({"train.epochs": 1.0} | settings))
 
 
 @pytest.fixture(scope="module")
