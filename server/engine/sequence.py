@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from loractl.adapters.reference import Digest
 from loractl.server.engine.kv_cache import BlockKey, child_key, root_key
-from loractl.server.engine.messages import RequestId, Submit, Timing, TokenLogprob
+from loractl.server.engine.messages import Finished, FinishReason, RequestId, Submit, Timing, TokenLogprob
 from loractl.server.engine.text import TextStream
 
 AdapterKey = tuple[tuple[Digest, float], ...]
@@ -92,6 +92,28 @@ class Sequence:
             adapter_wait_s=max(0.0, min(ready, started) - self.arrived_at),
             prefill_s=max(0.0, first - started),
             decode_s=max(0.0, now - first),
+        )
+
+    def finished(
+        self,
+        reason: FinishReason,
+        *,
+        stop_reason: str | int | None = None,
+        tail: bool = True,
+        embedding: tuple[float, ...] | None = None,
+    ) -> Finished:
+        """Its last event; with `tail`, text that was held back for a stop string goes out with it."""
+        return Finished(
+            id=self.id,
+            reason=reason,
+            text=self.text.finish() if tail else "",
+            stop_reason=stop_reason,
+            num_prompt_tokens=self.num_prompt,
+            num_cached_tokens=self.num_cached,
+            num_output_tokens=self.num_outputs,
+            prompt_logprobs=self.shown_prompt_logprobs,
+            embedding=embedding,
+            timing=self.timing(time.monotonic()),
         )
 
 

@@ -144,7 +144,7 @@ def test_output_that_is_not_finite_ends_its_request_and_leaves_nothing_to_share(
     expected = _submit("expected", [5, 6, 7])
     drive.submit([expected])
     drive.until_ended()
-    scan: Any = __import__("loractl.server.engine.engine", fromlist=["scan_rows"])
+    scan: Any = __import__("loractl.server.engine.next_tokens", fromlist=["scan_rows"])
     whole = scan.scan_rows
 
     def not_finite(logits: torch.Tensor) -> Any:
