@@ -29,7 +29,8 @@
     ├── Unreachable                   UNREACHABLE               503     9   a service does not answer
     │   └── Draining                  DRAINING                  503     9
     ├── Overloaded                    OVERLOADED                429     9   try again after `retry_after_s`
-    │   └── RateLimited               RATE_LIMITED              429     9   a quota of the caller's is used up
+    │   ├── RateLimited               RATE_LIMITED              429     9   a quota of the caller's is used up
+    │   └── DeadlinePassed            DEADLINE_PASSED           429     9   a request waited longer than it may
     ├── BlobMissing                   BLOB_MISSING              500     1   a hub's store lost bytes that it promised
     ├── BlobCorrupt                   BLOB_CORRUPT              500     1   a hub's store holds other bytes than pushed
     └── EngineFailure                 ENGINE_FAILURE            500     1   a step failed for this request
@@ -196,6 +197,10 @@ class Overloaded(LoractlError):
 
 class RateLimited(Overloaded):
     code = "RATE_LIMITED"
+
+
+class DeadlinePassed(Overloaded):
+    code = "DEADLINE_PASSED"
 
 
 class BlobMissing(LoractlError):

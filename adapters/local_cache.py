@@ -19,12 +19,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from loractl.adapters.digest import folder_digest
 from loractl.adapters.errors import AdapterInvalid, UsageError, WillNotFit
 from loractl.adapters.reference import Digest, is_digest
 
 _STALE_STAGING_S = 6 * 3600.0
+Stage = Literal["fill", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,19 @@ class CachedAdapter:
 class AdapterCache:
     """A folder of adapters with a size limit; safe for many threads and processes on one file system."""
 
-    def __init__(self, root: Path, *, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_bytes: int | None = None,
+        on_stage: Callable[[Stage, float], None] = lambda stage, seconds: None,
+    ) -> None:
+        """Keep adapters below `root`; `on_stage` hears how many seconds each filling and each check of hashes took."""
         self.root = root
         self.max_bytes = max_bytes
+        self.num_evictions = 0
+        """Adapters that made room for others, by this process."""
+        self._on_stage = on_stage
         for name in ("sha256", "staging", "used", "pins", "locks"):
             (root / name).mkdir(parents=True, exist_ok=True)
 
@@ -51,7 +63,9 @@ class AdapterCache:
         folder = self._folder(digest)
         if not os.path.lexists(folder):
             return None
-        if not _is_sound(folder, digest):
+        with self._timed("verify"):
+            is_sound = _is_sound(folder, digest)
+        if not is_sound:
             self._remove(folder)
             return None
         self._touch(digest)
@@ -72,14 +86,22 @@ class AdapterCache:
         staging = self.root / "staging" / secrets.token_hex(8)
         staging.mkdir()
         try:
-            fill(staging)
-            self._verify(staging, digest)
+            with self._timed("fill"):
+                fill(staging)
+            with self._timed("verify"):
+                self._verify(staging, digest)
             self.make_room(_size_bytes(staging), keep=digest)
             self._publish(staging, digest)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         self._touch(digest)
         return self._folder(digest)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: Stage) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._on_stage(stage, time.monotonic() - started)
 
     @contextlib.contextmanager
     def pin(self, digest: Digest) -> Iterator[None]:
@@ -127,6 +149,7 @@ class AdapterCache:
                 return
             if self.evict(cached.digest):
                 total -= cached.size_bytes
+                self.num_evictions += 1
         if total + num_bytes > self.max_bytes:
             raise WillNotFit(
                 f"{self.root}: {total:,} of {self.max_bytes:,} bytes are in use, {num_bytes:,} more do not fit",

@@ -15,8 +15,8 @@ from prometheus_client.registry import Collector
 from loractl.server.api_document import document_routes
 from loractl.server.completion_routes import TRACE, completion_routes
 from loractl.server.embedding_routes import embedding_routes
+from loractl.server.engine_metrics import EngineCollector
 from loractl.server.loop_lag import watch_lag
-from loractl.server.metrics import EngineCollector
 from loractl.server.model_routes import model_routes
 from loractl.server.openai_errors import EXCEPTION_HANDLERS
 from loractl.server.operator_routes import operator_routes

@@ -96,12 +96,12 @@ def check(choices: Choices) -> Checked:
 def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts: Prompts) -> Serving:
     """Build a server around an engine; `make_engine` is called in the engine's own thread."""
     choices = checked.choices
+    metrics = ServerMetrics(max_adapter_labels=choices.max_adapter_labels)
     hub = cache = None
     if choices.hub_url is not None:
         folder = choices.cache_folder or cache_folder() / "adapters"
-        cache = AdapterCache(folder, max_bytes=choices.cache_bytes)
+        cache = AdapterCache(folder, max_bytes=choices.cache_bytes, on_stage=metrics.saw_cache_stage)
         hub = HubReader(choices.hub_url, token=choices.hub_token, cache=cache)
-    metrics = ServerMetrics(max_adapter_labels=choices.max_adapter_labels)
     settings = ServingSettings(
         base_name=checked.base_name,
         base_fingerprint=checked.fingerprint,
@@ -116,7 +116,7 @@ def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts
     )
     return Serving(
         settings=settings,
-        bridge=Bridge(make_engine, on_step=metrics.saw_step),
+        bridge=Bridge(make_engine, on_step=metrics.saw_step, on_load=metrics.saw_load),
         source=source,
         hub_events=None if hub is None else HubEvents(source, hub.url, token=choices.hub_token),
         prompts=prompts,

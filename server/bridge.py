@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -33,7 +33,7 @@ from loractl.server.engine.messages import (
     Submit,
     Token,
 )
-from loractl.server.engine.stats import EngineStats, StepRecord, StepResult
+from loractl.server.engine.stats import EngineStats, LoadRecord, StepRecord, StepResult
 
 log = logging.getLogger("loractl.server.bridge")
 
@@ -51,6 +51,7 @@ class EngineLike(Protocol):
     def wait_for_work(self, timeout_s: float) -> bool: ...
     def step(self) -> StepResult: ...
     def stats(self) -> EngineStats: ...
+    def device_memory(self) -> Mapping[str, int]: ...
     def prefetch(self, use: AdapterUse) -> None: ...
     def pin(self, digest: Digest) -> None: ...
     def unpin(self, digest: Digest) -> None: ...
@@ -124,6 +125,7 @@ class Bridge:
         *,
         limits: BridgeLimits | None = None,
         on_step: Callable[[StepRecord], None] = lambda record: None,
+        on_load: Callable[[LoadRecord], None] = lambda record: None,
     ) -> None:
         self.limits = limits or BridgeLimits()
         self.state: EngineState = "starting"
@@ -134,6 +136,7 @@ class Bridge:
         """Of the engine that runs or ran last."""
         self._make_engine = make_engine
         self._on_step = on_step
+        self._on_load = on_load
         self._engine: EngineLike | None = None
         self._tickets: dict[RequestId, Ticket] = {}
         self._numbers = itertools.count(1)
@@ -198,6 +201,12 @@ class Bridge:
         engine = self._engine
         return EngineStats() if engine is None else engine.stats()
 
+    @property
+    def device_memory(self) -> Mapping[str, int]:
+        """Bytes that the engine holds on its device, by what for; none without an engine."""
+        engine = self._engine
+        return {} if engine is None else engine.device_memory()
+
     def new_id(self) -> RequestId:
         """An id of our own making: nothing that a client sends ever becomes a key."""
         return RequestId(f"r{next(self._numbers)}")
@@ -227,14 +236,16 @@ class Bridge:
         for request_id in ticket.open_ids:
             self._engine.cancel(Cancel(id=request_id))
 
-    def _deliver(self, events: Iterable[Event], record: StepRecord | None) -> None:
+    def _deliver(self, result: StepResult) -> None:
         self.last_step_at = time.time()
-        for event in events:
+        for event in result.events:
             ticket = self._tickets.get(event.id)
             if ticket is not None and ticket.put(event):
                 del self._tickets[event.id]
-        if record is not None:
-            self._on_step(record)
+        if result.record is not None:
+            self._on_step(result.record)
+        for load in result.loads:
+            self._on_load(load)
 
     def fail_all(self, error: LoractlError) -> None:
         """End everything that is open with this error."""
@@ -273,8 +284,8 @@ class Bridge:
             self._step_started_at = time.monotonic()
             result = engine.step()
             self._step_started_at = None
-            if result.events or result.record is not None:
-                self._post(functools.partial(self._deliver, result.events, result.record))
+            if result.events or result.loads or result.record is not None:
+                self._post(functools.partial(self._deliver, result))
 
     def _rebuild(self, broken: EngineLike) -> EngineLike | None:
         now = time.monotonic()

@@ -1,23 +1,20 @@
-"""What Prometheus sees: counters and histograms that the server feeds, and gauges read from the engine at each scrape.
+"""Counters and histograms that the server feeds as things happen; what is read at a scrape is `engine_metrics`.
 
-No histogram has an adapter label, and the labels of adapters are bounded; what is resident is told as it is.
+No histogram has an adapter label, and the labels of adapters are bounded.
 """
 
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import version
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
 
-from loractl.adapters.local_cache import AdapterCache
+from loractl.adapters.local_cache import Stage
 from loractl.adapters.reference import Digest
 from loractl.server.canary import Track
-from loractl.server.engine.stats import EngineStats, StepRecord
+from loractl.server.engine.stats import LoadFault, LoadRecord, StepRecord
 
 PREFIX = "loractl_server_"
 OTHER = "other"
@@ -30,15 +27,18 @@ _ITL = (0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0
 _E2E = (0.01, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _PHASE = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_LOAD = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
-_DISK_FRESH_S = 15.0
-"""How long the size of the disk cache is believed: counting it reads every folder."""
 _SMALL = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
 
 REJECTIONS = (
     *("queue_full", "rate_limit", "draining", "too_long"),
     *("adapter_not_found", "adapter_invalid", "hub_down"),
 )
+LOAD_STAGES = ("lookup", "download", "verify", "read", "copy")
+"""An adapter's way to its slot: its name in the hub, its files, their hashes, its numbers on the host, the copy."""
+LOAD_FAULTS = ("hub", "digest", *get_args(LoadFault))
+_LEVELS = ("gpu", "host", "disk")
 
 
 class AdapterLabels:
@@ -106,6 +106,9 @@ class ServerMetrics:
         self.hub_seconds = histogram(
             "hub_request_seconds", "A question to the hub: a name, or a download.", _PHASE, "op"
         )
+        self.adapter_load = histogram("adapter_load_seconds", "An adapter's way to its slot.", _LOAD, "stage")
+        self.load_failures = counter("adapter_load_failures", "Adapters that could not be had, by why.", "reason")
+        self.tier_lookups = counter("adapter_cache_requests", "Adapters looked for, by level.", "level", "result")
         self.loop_lag = histogram("event_loop_lag_seconds", "How late the event loop woke.", _LAG)
         self.prefill = histogram("prefill_seconds", "From the first step to the first token.", _PHASE)
         self.decode = histogram("decode_seconds", "From the first token to the last.", _PHASE)
@@ -128,7 +131,7 @@ class ServerMetrics:
 
     def _show_zeros(self) -> None:
         """A series that appears with its first event hides that event from `rate`."""
-        for name in ("stop", "length", "abort", "error"):
+        for name in ("stop", "length", "abort", "error", "deadline"):
             self.finished.labels(name)
         for name in REJECTIONS:
             self.rejected.labels(name)
@@ -140,6 +143,13 @@ class ServerMetrics:
                 self.requests.labels(endpoint, code)
         for tier in TIERS:
             self.adapter_wait.labels(tier)
+        for stage in LOAD_STAGES:
+            self.adapter_load.labels(stage)
+        for fault in LOAD_FAULTS:
+            self.load_failures.labels(fault)
+        for level in _LEVELS:
+            for result in ("hit", "miss"):
+                self.tier_lookups.labels(level, result)
         for op in ("resolve", "fetch"):
             self.hub_calls.labels(op, "ok")
             self.hub_calls.labels(op, "unreachable")
@@ -149,6 +159,30 @@ class ServerMetrics:
         """Take in one question to the hub; `code` is ok or an error's."""
         self.hub_calls.labels(op, code).inc()
         self.hub_seconds.labels(op).observe(seconds)
+        if op == "resolve" and code == "ok":
+            self.adapter_load.labels("lookup").observe(seconds)
+        elif op == "fetch" and code != "ok":
+            self.load_failures.labels("digest" if code == "adapter_invalid" else "hub").inc()
+
+    def saw_cache_stage(self, stage: Stage, seconds: float) -> None:
+        """Take in one stage of the disk cache's work; called from its threads."""
+        self.adapter_load.labels("download" if stage == "fill" else stage).observe(seconds)
+
+    def saw_tier(self, tier: Tier) -> None:
+        """Take in where an adapter was: a miss at each level before it."""
+        place = TIERS.index(tier)
+        for level in _LEVELS[:place]:
+            self.tier_lookups.labels(level, "miss").inc()
+        for level in _LEVELS[place : place + 1]:
+            self.tier_lookups.labels(level, "hit").inc()
+
+    def saw_load(self, load: LoadRecord) -> None:
+        """Take in one adapter's way into a slot, or why it has none."""
+        if load.fault is not None:
+            self.load_failures.labels(load.fault).inc()
+        for stage, seconds in (("read", load.read_s), ("copy", load.copy_s)):
+            if seconds is not None:
+                self.adapter_load.labels(stage).observe(seconds)
 
     def saw_step(self, record: StepRecord) -> None:
         """Take in one forward pass."""
@@ -192,163 +226,3 @@ class ServerMetrics:
         self.adapter_requests.remove_by_labels({"adapter": label})
         self.adapter_tokens.remove_by_labels({"adapter": label})
         self.adapter_errors.remove_by_labels({"adapter": label})
-
-
-class EngineCollector(Collector):
-    """Gauges and counters read from one snapshot of the engine at each scrape; nothing here can go stale."""
-
-    def __init__(self, snapshot: "Callable[[], Snapshot]", *, disk: AdapterCache | None = None) -> None:
-        self._snapshot = snapshot
-        self._version = version("loractl")
-        self._disk = disk
-        self._disk_bytes = (float("-inf"), 0)
-
-    def describe(self) -> Iterable[GaugeMetricFamily]:
-        return []
-
-    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        seen = self._snapshot()
-        stats = seen.stats
-        yield _gauge("build_info", "The server's version.", 1, {"version": self._version})
-        yield _gauge("config_info", "What is served.", 1, dict(seen.config))
-        blocks = {"block_size": str(stats.block_size), "num_gpu_blocks": str(stats.kv_blocks_total)}
-        yield _gauge("cache_config_info", "Sizes of the KV cache.", 1, blocks)
-        for name, text, value in seen.gauges:
-            yield _gauge(name, text, value)
-        yield from _queue_families(stats)
-        yield from _cache_families(stats)
-        yield from _adapter_families(seen)
-        yield from self._cache_bytes(stats)
-        for name, text, count in _counters(stats):
-            yield CounterMetricFamily(PREFIX + name, text, value=count)
-        for name, text, count in seen.counters:
-            yield CounterMetricFamily(PREFIX + name, text, value=count)
-
-    def _cache_bytes(self, stats: EngineStats) -> Iterable[GaugeMetricFamily]:
-        size = GaugeMetricFamily(PREFIX + "adapter_cache_bytes", "Bytes of adapters kept, by level.", labels=["level"])
-        size.add_metric(["host"], stats.host_bytes)
-        if self._disk is not None:
-            now = time.monotonic()
-            if now - self._disk_bytes[0] > _DISK_FRESH_S:
-                self._disk_bytes = now, sum(cached.size_bytes for cached in self._disk.list())
-            size.add_metric(["disk"], self._disk_bytes[1])
-        yield size
-        if self._disk is not None and self._disk.max_bytes is not None:
-            limit = self._disk.max_bytes
-            yield _gauge("adapter_cache_limit_bytes", "Most that is kept, by level.", limit, {"level": "disk"})
-
-
-class Snapshot:
-    """One moment of the server, as the collector and the routing page need it."""
-
-    def __init__(
-        self,
-        *,
-        stats: EngineStats,
-        names: Mapping[Digest, str],
-        config: Mapping[str, str],
-        gauges: Sequence[tuple[str, str, float]] = (),
-        counters: Sequence[tuple[str, str, float]] = (),
-    ) -> None:
-        self.stats = stats
-        self.names = names
-        self.config = config
-        self.gauges = gauges
-        self.counters = counters
-
-    def name(self, digest: Digest) -> str:
-        return self.names.get(digest, digest[:19])
-
-
-def _gauge(name: str, text: str, value: float, labels: Mapping[str, str] | None = None) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(PREFIX + name, text, labels=list(labels or {}))
-    family.add_metric(list((labels or {}).values()), value)
-    return family
-
-
-def _queue_families(stats: EngineStats) -> Iterable[GaugeMetricFamily]:
-    yield _gauge("requests_waiting", "Sequences that wait.", sum(stats.waiting.values()))
-    yield _gauge("requests_running", "Sequences that generate.", stats.running)
-    family = GaugeMetricFamily(
-        PREFIX + "requests_waiting_by_reason", "Sequences that wait, by what for.", labels=["reason"]
-    )
-    for reason, count in stats.waiting.items():
-        family.add_metric([reason], count)
-    yield family
-
-
-def _cache_families(stats: EngineStats) -> Iterable[GaugeMetricFamily]:
-    yield _gauge("kv_cache_usage_ratio", "Share of KV blocks that requests hold.", kv_usage(stats))
-    family = GaugeMetricFamily(PREFIX + "kv_blocks", "KV blocks, by state.", labels=["state"])
-    family.add_metric(["used"], stats.kv_blocks_used)
-    family.add_metric(["free"], stats.kv_blocks_total - stats.kv_blocks_used)
-    family.add_metric(["cached"], stats.kv_blocks_cached)
-    yield family
-    most = stats.counters.max_distinct_adapters_in_step
-    yield _gauge("batch_distinct_adapters_max", "Most distinct adapters seen in one step.", most)
-
-
-def _adapter_families(seen: Snapshot) -> Iterable[GaugeMetricFamily]:
-    stats = seen.stats
-    levels: dict[tuple[str, str], int] = {}
-    for slot in stats.slots:
-        levels[seen.name(slot.digest), "pinned" if slot.pinned else "gpu"] = 1
-    for digest in stats.host_digests:
-        levels[seen.name(digest), "host"] = 1
-    resident = GaugeMetricFamily(
-        PREFIX + "adapter_resident", "1 for each adapter that is resident, by level.", labels=["adapter", "level"]
-    )
-    for (name, level), value in levels.items():
-        resident.add_metric([name, level], value)
-    yield resident
-    slots = GaugeMetricFamily(PREFIX + "adapter_slots", "Slots for adapters, by state.", labels=["level", "state"])
-    slots.add_metric(["gpu", "used"], len(stats.slots))
-    slots.add_metric(["gpu", "total"], stats.num_slots)
-    slots.add_metric(["gpu", "pinned"], sum(slot.pinned for slot in stats.slots))
-    yield slots
-
-
-def _counters(stats: EngineStats) -> Iterable[tuple[str, str, float]]:
-    counters = stats.counters
-    yield "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", counters.num_prefix_queries
-    yield "prefix_cache_hits", "Prompt tokens found in the prefix cache.", counters.num_prefix_hits
-    yield "preemptions", "Sequences put back for lack of KV blocks.", counters.num_preemptions
-    yield "adapter_loads", "Adapters brought into a slot.", counters.num_adapter_loads
-    yield "adapter_evictions", "Adapters that made room for others.", counters.num_adapter_evictions
-    yield "adapter_load_failures", "Adapters that could not be loaded.", counters.num_adapter_load_failures
-    yield "adapter_host_hits", "Loads that found the adapter in host memory.", counters.num_host_hits
-    yield "steps", "Forward passes.", counters.num_steps
-    yield (
-        "isolated_requests",
-        "Requests that failed alone in a step.",
-        counters.num_contained_failures,
-    )
-
-
-def kv_usage(stats: EngineStats) -> float:
-    return stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
-
-
-def routing_page(seen: Snapshot) -> str:
-    """What a router polls many times a second: queues, KV, and which adapters are resident. Under a kilobyte a server.
-
-    Types and label names follow the model-server protocol of the Gateway API Inference Extension; `running` means
-    resident in a slot, as its text says.
-    """
-    stats = seen.stats
-    # Both versions of a channel with a canary go by the channel's name.
-    running = ",".join(dict.fromkeys(seen.name(slot.digest) for slot in stats.slots if not slot.loading))
-    waiting = ",".join(sorted({seen.name(digest) for digest in stats.waiting_adapters}))
-    gauges = {
-        "requests_waiting": sum(stats.waiting.values()),
-        "requests_running": stats.running,
-        "kv_cache_usage_ratio": kv_usage(stats),
-    }
-    lines: list[str] = []
-    for name, value in gauges.items():
-        lines += [f"# TYPE {PREFIX}{name} gauge", f"{PREFIX}{name} {value:g}"]
-    blocks = f'block_size="{stats.block_size}",num_gpu_blocks="{stats.kv_blocks_total}"'
-    lines += [f"# TYPE {PREFIX}cache_config_info gauge", f"{PREFIX}cache_config_info{{{blocks}}} 1"]
-    adapters = f'max_lora="{stats.num_slots}",running_lora_adapters="{running}",waiting_lora_adapters="{waiting}"'
-    lines += [f"# TYPE {PREFIX}lora_requests_info gauge", f"{PREFIX}lora_requests_info{{{adapters}}} {time.time():.3f}"]
-    return "\n".join(lines) + "\n"

@@ -10,8 +10,8 @@ from litestar import Request, Response, get, post
 from litestar.handlers import HTTPRouteHandler
 from msgspec import Meta
 
+from loractl.server.engine_metrics import kv_usage, routing_page
 from loractl.server.http_input import read_body
-from loractl.server.metrics import kv_usage, routing_page
 from loractl.server.openai_errors import decode_body
 from loractl.server.serving import Serving
 from loractl.server.vllm_metrics import vllm_routing_page

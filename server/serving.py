@@ -11,10 +11,11 @@ from loractl.adapters.reference import Digest
 from loractl.server.access import Access, Key
 from loractl.server.bridge import Bridge
 from loractl.server.engine.messages import Submit
+from loractl.server.engine_metrics import Snapshot
 from loractl.server.fetch import AdapterSource, Found
 from loractl.server.generation import Caller, Limits, ServedAdapter
 from loractl.server.hub_events import HubEvents
-from loractl.server.metrics import TIERS, ServerMetrics, Snapshot, Tier
+from loractl.server.metrics import TIERS, ServerMetrics, Tier
 from loractl.server.openai_wire import Common, EmbeddingRequest
 from loractl.server.prompts import Prompts
 from loractl.server.quota import Quotas
@@ -118,6 +119,7 @@ class Serving:
         else:
             found = [self._served(await self.find(request.model, key, caller=caller))]
         for adapter in found:
+            self.metrics.saw_tier(adapter.tier)
             self.metrics.name_adapter(adapter.found.digest, adapter.found.name)
             self.bridge.engine.prefetch(adapter.use)
         return tuple(found)
@@ -211,7 +213,14 @@ class Serving:
             "gpu_slots": str(stats.num_slots),
             "max_rank": str(stats.max_rank),
         }
-        return Snapshot(stats=stats, names=self.metrics.names, config=config, gauges=gauges, counters=counters)
+        return Snapshot(
+            stats=stats,
+            names=self.metrics.names,
+            config=config,
+            gauges=gauges,
+            counters=counters,
+            device_memory=bridge.device_memory,
+        )
 
     async def drain(self) -> None:
         """Take nothing new; return when what runs has ended, or the timeout has, with the rest cut off by an error."""

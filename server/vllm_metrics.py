@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from loractl.server.metrics import PREFIX, ServerMetrics, Snapshot, routing_page
+from loractl.server.engine_metrics import Snapshot, routing_page
+from loractl.server.metrics import PREFIX, ServerMetrics
 
 _ALIASES: Mapping[str, str] = {
     "requests_waiting": "vllm:num_requests_waiting",

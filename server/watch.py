@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 
+from loractl.adapters.errors import DeadlinePassed
 from loractl.server.bridge import Ticket
 from loractl.server.canary import Track
 from loractl.server.engine.messages import Event, Failed, Finished, RequestId, Timing, Token
@@ -44,6 +45,7 @@ class Watch:
             metrics.adapter_requests.labels(name).inc()
         for track in tracks:
             metrics.canary_requests.labels(*track).inc()
+            metrics.canary_errors.labels(*track)  # there from the start, so that its first error is seen to come
 
     async def events(self) -> AsyncIterator[list[Event]]:
         async for batch in self.ticket.events():
@@ -102,7 +104,8 @@ class Watch:
     def _saw_failure(self, failure: Failed) -> None:
         if self._trace is not None:
             self._trace.sequence_failed(failure)
-        self._metrics.finished.labels("error").inc()
+        has_waited_too_long = isinstance(failure.error, DeadlinePassed)
+        self._metrics.finished.labels("deadline" if has_waited_too_long else "error").inc()
         for name in self._adapters:
             self._metrics.adapter_errors.labels(name, failure.error.code.lower()).inc()
         for track in self._tracks:

@@ -20,6 +20,8 @@ class Totals:
     num_generated_tokens: int = 0
     num_steps: int = 0
     num_contained_failures: int = 0
+    num_nonfinite: int = 0
+    num_out_of_memory: int = 0
     max_distinct_adapters_in_step: int = 0
 
     def book(self, chosen: Rows[tuple[Sequence, int]], *, seconds: float) -> StepRecord:
@@ -39,7 +41,13 @@ class Totals:
 
 
 def snapshot(
-    settings: EngineSettings, *, scheduler: Scheduler, blocks: BlockPool, slots: AdapterSlots, totals: Totals
+    settings: EngineSettings,
+    *,
+    scheduler: Scheduler,
+    blocks: BlockPool,
+    slots: AdapterSlots,
+    totals: Totals,
+    num_quarantined_requests: int,
 ) -> EngineStats:
     """Sum up the engine as it is between two steps."""
     host_digests, host_bytes = slots.host()
@@ -55,6 +63,9 @@ def snapshot(
         slots=slots.slots(),
         host_digests=host_digests,
         host_bytes=host_bytes,
+        host_limit_bytes=settings.host_cache_bytes,
+        quarantined_adapters=slots.failures.quarantined(),
+        num_quarantined_requests=num_quarantined_requests,
         running_adapters=_digests(scheduler.running),
         waiting_adapters=_digests(scheduler.waiting),
         counters=EngineCounters(
@@ -67,9 +78,12 @@ def snapshot(
             num_adapter_loads=slots.num_loads,
             num_adapter_evictions=slots.num_evictions,
             num_adapter_load_failures=slots.num_failures,
+            num_host_evictions=slots.num_host_evictions,
             num_host_hits=slots.num_host_hits,
             num_steps=totals.num_steps,
             num_contained_failures=totals.num_contained_failures,
+            num_nonfinite=totals.num_nonfinite,
+            num_out_of_memory=totals.num_out_of_memory,
             max_distinct_adapters_in_step=totals.max_distinct_adapters_in_step,
         ),
     )

@@ -4,10 +4,12 @@ import dataclasses
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from loractl.adapters.errors import BaseMismatch, EngineFailure, Overloaded
@@ -153,11 +155,25 @@ class Engine:
             self._finish_step()
             if self._scheduler.waiting and not events:
                 time.sleep(0.001)  # only loads are awaited; their threads need the processor
-            return StepResult(events=events, record=None)
+            return StepResult(events=events, record=None, loads=self._slots.times.take())
         events += self._run(chosen)
         record = self._totals.book(chosen, seconds=time.monotonic() - start)
         self._finish_step()
-        return StepResult(events=events, record=record)
+        return StepResult(events=events, record=record, loads=self._slots.times.take())
+
+    def device_memory(self) -> Mapping[str, int]:
+        """Bytes on the device by what for: weights, kv, adapters; on a card also activations and reserved."""
+        held = {
+            "weights": sum(self.base.memory_bytes.values()),
+            "kv": self._runner.kv_bytes,
+            "adapters": self._slots.slab_bytes,
+        }
+        if self._runner.device.type == "cuda":
+            # What PyTorch has handed out beyond the three is the steps' own; graphs' pools are in it too.
+            allocated = int(torch.cuda.memory_allocated(self._runner.device))
+            held["activations"] = max(0, allocated - sum(held.values()))
+            held["reserved"] = int(torch.cuda.memory_reserved(self._runner.device))
+        return held
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, slots, tiers and counters."""
@@ -237,7 +253,11 @@ class Engine:
         wants_hidden = any(sequence.submit.wants_embedding for sequence, _ in chosen)
 
         def compute(some: Items[Part]) -> tuple[Tensor, Tensor | None]:
-            return self._runner.run_with_hidden(some) if wants_hidden else (self._runner.run(some), None)
+            try:
+                return self._runner.run_with_hidden(some) if wants_hidden else (self._runner.run(some), None)
+            except (MemoryError, torch.OutOfMemoryError):
+                self._totals.num_out_of_memory += 1
+                raise
 
         contained = run_contained(compute, parts)
         self._num_broken_steps = 0 if contained.runs else self._num_broken_steps + 1
@@ -257,6 +277,7 @@ class Engine:
         num_outputs = sum(sequence.num_outputs for sequence, _, _ in rows)
         for (sequence, num_tokens, _), news in zip(rows, self._next_tokens.take(rows, logits, hidden), strict=True):
             self._scheduler.computed(sequence, num_tokens)
+            self._totals.num_nonfinite += sum(_is_broken(event) for event in news)
             events += [self._settle(sequence, event) for event in news]
         self._totals.num_generated_tokens += sum(sequence.num_outputs for sequence, _, _ in rows) - num_outputs
         return events
@@ -275,7 +296,7 @@ class Engine:
         """Take a sequence out of the books if this is its last event; a failed step's is kept from doing it again."""
         if isinstance(event, Token):
             return event
-        if isinstance(event, Failed) and isinstance(event.error, EngineFailure):
+        if _is_broken(event):
             self._totals.num_contained_failures += 1
             with self._lock:
                 self._quarantine.note(sequence.submit)
@@ -294,9 +315,20 @@ class Engine:
         self._stats = self._snapshot()
 
     def _snapshot(self) -> EngineStats:
+        with self._lock:
+            num_quarantined = self._quarantine.num_refused
         return snapshot(
-            self.settings, scheduler=self._scheduler, blocks=self._blocks, slots=self._slots, totals=self._totals
+            self.settings,
+            scheduler=self._scheduler,
+            blocks=self._blocks,
+            slots=self._slots,
+            totals=self._totals,
+            num_quarantined_requests=num_quarantined,
         )
+
+
+def _is_broken(event: Event) -> bool:
+    return isinstance(event, Failed) and isinstance(event.error, EngineFailure)
 
 
 def _broken(sequence: Sequence, error: Exception) -> Failed:

@@ -26,6 +26,12 @@ class Quarantine:
         if len(self._failures) > _MAX_KEPT:
             self._failures.popitem(last=False)
 
+    @property
+    def num_refused(self) -> int:
+        """Requests that `check` refuses now."""
+        since = time.monotonic() - _KEPT_S
+        return sum(count >= _MAX_FAILURES and last_at > since for count, last_at in self._failures.values())
+
     def check(self, request: Submit) -> None:
         """Raise EngineFailure for a request whose like has broken several steps of the last minutes."""
         if not self._failures:

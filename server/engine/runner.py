@@ -87,6 +87,12 @@ class Runner:
             )
 
     @property
+    def kv_bytes(self) -> int:
+        """Memory of all KV blocks, over all layers."""
+        caches = [module.paged for module in attention_modules(self._model)]
+        return sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
+
+    @property
     def num_replays(self) -> int:
         """Steps that ran as a recorded one."""
         return 0 if self._graphs is None else self._graphs.num_replays

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from loractl.adapters.errors import LoractlError, Overloaded, WillNotFit
+from loractl.adapters.errors import DeadlinePassed, LoractlError, Overloaded, WillNotFit
 from loractl.adapters.reference import Digest
 from loractl.server.engine.fair_share import FairShare
 from loractl.server.engine.kv_cache import BlockKey, BlockPool, child_key
@@ -127,7 +127,7 @@ class Scheduler:
     def _hopeless(self, sequence: Sequence, now: float) -> LoractlError | None:
         deadline = sequence.submit.deadline_s
         if deadline is not None and now > deadline:
-            return Overloaded("the request's deadline passed before it could start", retry_after_s=1.0)
+            return DeadlinePassed("the request's deadline passed before it could start", retry_after_s=1.0)
         for use in sequence.submit.adapters:
             if (error := self._slots.failure(use.digest)) is not None:
                 return error

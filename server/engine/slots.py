@@ -13,27 +13,24 @@ from pathlib import Path
 
 import torch
 
-from loractl.adapters.errors import AdapterInvalid, LoractlError, NotFound, WillNotFit
+from loractl.adapters.errors import LoractlError, NotFound, WillNotFit
 from loractl.adapters.reference import Digest
 from loractl.server.engine.adapter_reading import AdapterReader, HostAdapter, ServedLayers
 from loractl.server.engine.kernels import device as devices
 from loractl.server.engine.kernels import native
 from loractl.server.engine.kv_cache import BooksError
+from loractl.server.engine.load_books import LoadFailures, LoadTimes
 from loractl.server.engine.side_lora import SideSite
 from loractl.server.engine.slab_copies import SlabCopies, make_lane
 from loractl.server.engine.stats import SlotStats
 
-_FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
-_MAX_FAILURES_KEPT = 1024
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """An adapter as a loader read it, and the seconds that took."""
 
-@dataclass(slots=True)
-class _LoadFailure:
-    """A load that failed: its error is the answer to whoever asks until it is tried again."""
-
-    error: LoractlError
-    retry_at: float
-    back_off_s: float
+    adapter: HostAdapter
+    seconds: float
 
 
 class AdapterSlots:
@@ -72,13 +69,19 @@ class AdapterSlots:
         self._pinned: set[Digest] = set()
         self._host: OrderedDict[Digest, HostAdapter] = OrderedDict()
         self._host_limit_bytes = host_cache_bytes
-        self._loading: dict[Digest, Future[HostAdapter]] = {}
-        self._failures: OrderedDict[Digest, _LoadFailure] = OrderedDict()
+        self._loading: dict[Digest, Future[_Read]] = {}
+        self.failures = LoadFailures()
+        self.times = LoadTimes()
         self._leaving: set[Digest] = set()
         self._loaders = ThreadPoolExecutor(
             num_loaders, thread_name_prefix="adapter-loader", initializer=native.run_alone
         )
-        self.num_loads = self.num_evictions = self.num_failures = self.num_host_hits = 0
+        self.num_loads = self.num_evictions = self.num_failures = self.num_host_hits = self.num_host_evictions = 0
+
+    @property
+    def slab_bytes(self) -> int:
+        """Device memory of all slots."""
+        return self._slab.nbytes
 
     def is_resident(self, digest: Digest) -> bool:
         return digest in self._slot_of
@@ -91,8 +94,12 @@ class AdapterSlots:
     def want(self, digest: Digest, folder: Path) -> None:
         """Begin to read an adapter unless it is near, or failed a moment ago; returns at once."""
         is_known = digest in self._slot_of or digest in self._host or digest in self._loading
-        if not is_known and self._recent_failure(digest) is None:
-            self._loading[digest] = self._loaders.submit(self._reader.read, folder)
+        if not is_known and self.failures.recent(digest) is None:
+            self._loading[digest] = self._loaders.submit(self._read, folder)
+
+    def _read(self, folder: Path) -> _Read:
+        started = time.monotonic()
+        return _Read(self._reader.read(folder), time.monotonic() - started)
 
     def failure(self, digest: Digest) -> LoractlError | None:
         """The error of a load that has failed, for all who wait; it is tried again after a time that doubles."""
@@ -100,34 +107,21 @@ class AdapterSlots:
         if future is not None and future.done() and (error := future.exception()) is not None:
             del self._loading[digest]
             self.num_failures += 1
-            self._note_failure(digest, error)
-        return self._recent_failure(digest)
-
-    def _note_failure(self, digest: Digest, error: BaseException) -> None:
-        if not isinstance(error, LoractlError):
-            error = AdapterInvalid(f"adapter {digest[:19]} could not be read: {error}", field="model")
-        error.field = error.field or "model"
-        before = self._failures.pop(digest, None)
-        back_off_s = _FIRST_BACK_OFF_S if before is None else min(2 * before.back_off_s, _LONGEST_BACK_OFF_S)
-        self._failures[digest] = _LoadFailure(error, time.monotonic() + back_off_s, back_off_s)
-        if len(self._failures) > _MAX_FAILURES_KEPT:
-            self._failures.popitem(last=False)
-
-    def _recent_failure(self, digest: Digest) -> LoractlError | None:
-        failure = self._failures.get(digest)
-        return failure.error if failure is not None and time.monotonic() < failure.retry_at else None
+            self.times.failed(self.failures.note(digest, error))
+        return self.failures.recent(digest)
 
     def place(self, digest: Digest) -> bool:
         """Give an adapter that is on the host a slot, evicting one that nobody holds; False where none can go, and
         while a copy beside the steps goes on."""
         if digest in self._slot_of:
-            return self._copies is None or self._copies.has_arrived(self._slot_of[digest])
+            return self._has_arrived(digest)
         host = self._host_copy(digest)
         if host is None:
             return False
         slot = self._take_slot()
         if slot is None:
             return False
+        self.times.copy_begins(digest)
         for name, site in self._sites.items():
             site.set_slot(slot, rank=host.ranks.get(name, 0), has_gain=name in host.gains)
         if self._copies is None:
@@ -140,7 +134,14 @@ class AdapterSlots:
         self._slot_of[digest] = slot
         self._shown[digest] = (host.rank, host.energy_kept)
         self.num_loads += 1
-        return self._copies is None or self._copies.has_arrived(slot)
+        return self._has_arrived(digest)
+
+    def _has_arrived(self, digest: Digest) -> bool:
+        """Whether steps may read the slot of a digest that has one."""
+        has_arrived = self._copies is None or self._copies.has_arrived(self._slot_of[digest])
+        if has_arrived:
+            self.times.has_arrived(digest)
+        return has_arrived
 
     def hold(self, digest: Digest) -> int:
         """Keep a resident adapter in its slot until it is let go; returns the slot."""
@@ -176,12 +177,14 @@ class AdapterSlots:
         """Forget an adapter, and the failure of its load, as soon as nobody holds it."""
         self._pinned.discard(digest)
         self._host.pop(digest, None)
-        self._failures.pop(digest, None)
+        self.failures.forget(digest)
         self._leaving.discard(digest)
         if digest in self._holders:
             self._leaving.add(digest)
         elif digest in self._slot_of:
             self._evict(digest)
+        else:
+            self.times.forget(digest)
 
     def places(self) -> Mapping[Digest, int]:
         """Where each resident adapter is."""
@@ -224,8 +227,10 @@ class AdapterSlots:
         future = self._loading.get(digest)
         if future is not None and future.done() and future.exception() is None:
             del self._loading[digest]
-            self._failures.pop(digest, None)
-            self._host[digest] = future.result()
+            self.failures.forget(digest)
+            read = future.result()
+            self._host[digest] = read.adapter
+            self.times.was_read(digest, read.seconds)
             self._trim_host(keep=digest)
         elif digest in self._host:
             self.num_host_hits += 1
@@ -240,6 +245,9 @@ class AdapterSlots:
             if oldest == keep:
                 break
             del self._host[oldest]
+            if oldest not in self._slot_of:
+                self.times.forget(oldest)
+            self.num_host_evictions += 1
 
     def _take_slot(self) -> int | None:
         if not self._free:
@@ -253,4 +261,5 @@ class AdapterSlots:
     def _evict(self, digest: Digest) -> None:
         self._free.append(self._slot_of.pop(digest))
         del self._shown[digest]
+        self.times.forget(digest)
         self.num_evictions += 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from loractl.adapters.reference import Digest
 from loractl.server.engine.messages import Event
@@ -18,12 +19,29 @@ class StepRecord:
     num_distinct_adapters: int
 
 
+LoadFault = Literal["invalid", "base", "unsupported", "disk", "oom"]
+"""Why an adapter could not be loaded: broken files, another base's, a feature not served, the disk, memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRecord:
+    """One adapter's way into a slot, in seconds; a stage is None where there was none or it failed."""
+
+    read_s: float | None = None
+    """From its files to the numbers of a slot; None for an adapter that the host had kept."""
+    copy_s: float | None = None
+    """From the host into the slot, until steps may read it."""
+    fault: LoadFault | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What one call of `Engine.step` brought: events in order, and the pass itself unless there was nothing to run."""
 
     events: list[Event]
     record: StepRecord | None
+    loads: tuple[LoadRecord, ...] = ()
+    """Adapters that arrived in their slots, or could not be loaded, since the last call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +73,16 @@ class EngineCounters:
     num_adapter_loads: int = 0
     num_adapter_evictions: int = 0
     num_adapter_load_failures: int = 0
+    num_host_evictions: int = 0
     num_host_hits: int = 0
     """Loads that found the adapter in host memory."""
     num_steps: int = 0
     num_contained_failures: int = 0
     """Requests that failed alone because a step with them did."""
+    num_nonfinite: int = 0
+    """Those of them whose output was no number."""
+    num_out_of_memory: int = 0
+    """Attempts at a step that ran out of memory."""
     max_distinct_adapters_in_step: int = 0
 
 
@@ -80,6 +103,11 @@ class EngineStats:
     slots: tuple[SlotStats, ...] = ()
     host_digests: tuple[Digest, ...] = ()
     host_bytes: int = 0
+    host_limit_bytes: int = 0
+    quarantined_adapters: Mapping[LoadFault, int] = field(default_factory=dict[LoadFault, int])
+    """Adapters whose last load failed within the last minutes, by why."""
+    num_quarantined_requests: int = 0
+    """Prompts that are refused for now because they broke several steps."""
     running_adapters: tuple[Digest, ...] = ()
     waiting_adapters: tuple[Digest, ...] = ()
     counters: EngineCounters = EngineCounters()

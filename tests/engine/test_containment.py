@@ -159,6 +159,7 @@ def test_output_that_is_not_finite_ends_its_request_and_leaves_nothing_to_share(
     drive.submit([_submit("after", prompt)])
     drive.until_ended()
     assert "not finite" in drive.outcomes[RequestId("nan")].failed.error.message
+    assert drive.engine.stats().counters.num_nonfinite == 1
     assert drive.outcomes[RequestId("beside")].ids == drive.outcomes[RequestId("expected")].ids
     assert drive.outcomes[RequestId("after")].finished.num_cached_tokens == 0
 
@@ -170,6 +171,7 @@ def test_request_that_broke_two_steps_is_refused_at_the_door(drive: Drive, monke
         drive.until_ended()
     with pytest.raises(EngineFailure, match="failed 2 times"):
         drive.engine.submit(_submit("bad2", [9, POISON]))
+    assert drive.engine.stats().num_quarantined_requests == 1
     drive.submit([_submit("good", [9, 10])])
     drive.until_ended()
     assert drive.outcomes[RequestId("good")].finished

@@ -11,7 +11,7 @@ import torch
 
 from engine_drive import Drive
 from loractl.adapters.digest import folder_digest
-from loractl.adapters.errors import BadRequest, Overloaded
+from loractl.adapters.errors import BadRequest, DeadlinePassed, Overloaded
 from loractl.server.engine.base_model import BaseModel, load_base
 from loractl.server.engine.engine import Engine
 from loractl.server.engine.messages import AdapterUse, RequestId, Sampling, Submit
@@ -118,7 +118,7 @@ def test_higher_priority_starts_first_and_a_passed_deadline_fails_at_once(drive:
     drive.submit([_submit("high", priority=5), _submit("late", deadline_s=time.monotonic() - 1)])
     order = _order(drive)
     assert order.index("late") == 0
-    assert isinstance(drive.outcomes[RequestId("late")].failed.error, Overloaded)
+    assert isinstance(drive.outcomes[RequestId("late")].failed.error, DeadlinePassed)
     assert order.index("high") <= 8  # it starts first of those that wait, and ends in the step of three others
 
 
@@ -152,10 +152,12 @@ def test_failed_load_is_remembered_for_a_while_and_then_tried_again(
     drive.until_ended()
     assert drive.outcomes[RequestId("c")].failed
     assert drive.engine.stats().counters.num_adapter_load_failures == 1  # one read for all three
+    assert drive.engine.stats().quarantined_adapters == {"disk": 1}
     now += 0.6
     drive.submit([_submit("d", lost)])
     drive.until_ended()
     assert drive.outcomes[RequestId("d")].finished
+    assert drive.engine.stats().quarantined_adapters == {}
 
 
 def test_adapter_unloaded_while_it_runs_leaves_when_its_last_request_ends(drive: Drive, uses: list[AdapterUse]) -> None:

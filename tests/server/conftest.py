@@ -85,7 +85,7 @@ async def _live(
     metrics = ServerMetrics()
     serving = Serving(
         settings=ServingSettings(base_name="tiny", base_fingerprint=FINGERPRINT, **settings),
-        bridge=Bridge(make_engine, limits=limits, on_step=metrics.saw_step),
+        bridge=Bridge(make_engine, limits=limits, on_step=metrics.saw_step, on_load=metrics.saw_load),
         source=AdapterSource(
             local=_local(folder),
             hub=hub,

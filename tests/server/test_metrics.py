@@ -12,8 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.reference import Digest
 from loractl.server.access import Key
-from loractl.server.engine.stats import EngineStats, SlotStats, StepRecord
-from loractl.server.metrics import OTHER, AdapterLabels, EngineCollector, ServerMetrics, Snapshot, routing_page
+from loractl.server.engine.stats import EngineCounters, EngineStats, LoadRecord, SlotStats, StepRecord
+from loractl.server.engine_metrics import EngineCollector, Snapshot, routing_page
+from loractl.server.metrics import OTHER, AdapterLabels, ServerMetrics
 
 
 async def _samples(live: Any) -> dict[str, float]:
@@ -134,7 +135,39 @@ def test_disk_cache_is_told_with_its_limit(tmp_path: Path) -> None:
     families = {family.name: family for family in EngineCollector(lambda: snapshot, disk=cache).collect()}
     sizes = {sample.labels["level"]: sample.value for sample in families["loractl_server_adapter_cache_bytes"].samples}
     assert sizes == {"host": 0, "disk": 1234}
-    assert families["loractl_server_adapter_cache_limit_bytes"].samples[0].value == 5000
+    limits = families["loractl_server_adapter_cache_limit_bytes"].samples
+    assert {sample.labels["level"]: sample.value for sample in limits} == {"host": 0, "disk": 5000}
+
+
+def test_troubles_of_adapters_and_memory_are_told() -> None:
+    counters = EngineCounters(num_adapter_evictions=5, num_host_evictions=2, num_nonfinite=3, num_out_of_memory=4)
+    stats = EngineStats(quarantined_adapters={"oom": 2}, num_quarantined_requests=1, counters=counters)
+    snapshot = Snapshot(stats=stats, names={}, config={}, device_memory={"weights": 70, "kv": 20})
+    metrics = ServerMetrics()
+    metrics.registry.register(EngineCollector(lambda: snapshot))
+    metrics.saw_load(LoadRecord(read_s=0.2, copy_s=0.004))
+    metrics.saw_load(LoadRecord(fault="base"))
+    metrics.saw_hub_call("resolve", "ok", 0.01)
+    metrics.saw_hub_call("fetch", "adapter_invalid", 0.3)
+    metrics.saw_hub_call("fetch", "timeout", 0.3)
+    metrics.saw_cache_stage("fill", 0.25)
+    metrics.saw_cache_stage("verify", 0.05)
+    told = {
+        (sample.name.removeprefix("loractl_server_"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(metrics.page().decode())
+        for sample in family.samples
+    }
+    stages = ("lookup", "download", "verify", "read", "copy")
+    sums = {stage: told["adapter_load_seconds_sum", stage] for stage in stages}
+    assert sums == {"lookup": 0.01, "download": 0.25, "verify": 0.05, "read": 0.2, "copy": 0.004}
+    failures = {key[1]: value for key, value in told.items() if key[0] == "adapter_load_failures_total" and value}
+    assert failures == {"base": 1, "digest": 1, "hub": 1}
+    assert told["adapters_quarantined", "oom"] == 2
+    assert told["adapters_quarantined", "invalid"] == 0
+    assert told["requests_quarantined",] == 1
+    assert told["device_memory_bytes", "kv"] == 20
+    assert (told["oom_total",], told["nonfinite_logits_total",]) == (4, 3)
+    assert (told["adapter_evictions_total", "gpu"], told["adapter_evictions_total", "host"]) == (5, 2)
 
 
 def test_label_of_an_idle_adapter_makes_room() -> None:

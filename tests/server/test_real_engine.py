@@ -5,10 +5,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from openai import AsyncOpenAI
 from peft import PeftModel
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM
 
 from loractl.adapters.digest import folder_digest
@@ -82,6 +84,33 @@ async def test_burst_over_all_adapters_equals_each_alone(client: AsyncOpenAI, fo
         expected = _alone(folders, name, prompt, num_tokens)
         assert tokens == [tokenizer.token_text(token_id) for token_id in expected], name
         assert digest == ("base" if name == "tiny" else folder_digest(folders[name]))
+
+
+async def test_ways_into_slots_and_what_the_device_holds_are_told(
+    client: AsyncOpenAI, folders: dict[str, Path]
+) -> None:
+    adapters = [name for name in folders if name != "tiny"]
+    for name in [*adapters, *adapters]:  # three adapters in turn on two slots: the second round comes from the host
+        await client.completions.create(model=name, prompt=[5, 6, 7], max_tokens=1)
+    page = (await client.with_options().get("../metrics", cast_to=httpx.Response)).text
+    samples = {
+        (sample.name.removeprefix("loractl_server_"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
+    assert samples["adapter_load_seconds_count", "read"] == 3
+    assert samples["adapter_load_seconds_count", "copy"] == 6
+    assert samples["adapter_evictions_total", "gpu"] == 4
+    assert {level: samples["adapter_cache_requests_total", level, "hit"] for level in ("gpu", "host", "disk")} == {
+        "gpu": 0,
+        "host": 3,
+        "disk": 3,
+    }
+    base = AutoModelForCausalLM.from_pretrained(folders["tiny"], dtype=torch.float32)
+    assert samples["device_memory_bytes", "weights"] >= sum(p.nbytes for p in base.parameters())
+    assert 0 < samples["device_memory_bytes", "kv"] <= 8 << 20
+    smallest = (folders["a1"] / "adapter_model.safetensors").stat().st_size
+    assert samples["device_memory_bytes", "adapters"] > 2 * smallest
 
 
 async def test_chat_stream_ends_and_counts(client: AsyncOpenAI) -> None:

@@ -189,6 +189,9 @@ class FakeEngine:
             timing=Timing(queued_s=0.001, adapter_wait_s=0.002, prefill_s=0.003, decode_s=0.004),
         )
 
+    def device_memory(self) -> dict[str, int]:
+        return {"weights": 1000, "kv": 200, "adapters": 30}
+
     def stats(self) -> EngineStats:
         with self._wake:
             resident = list(self.resident)
