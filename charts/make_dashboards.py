@@ -22,11 +22,17 @@ def rate(metric: str, *, by: str = "job") -> str:
     return f"sum by ({by}) (rate({metric}{{{BY}}}[$__rate_interval]))"
 
 
+def ratio(part: str, whole: str, *, by: str = "job") -> str:
+    return f"{rate(part, by=by)} / {rate(whole, by=by)}"
+
+
 def gauge(metric: str, *, by: str = "instance") -> str:
     return f"sum by ({by}) ({metric}{{{BY}}})"
 
 
 S = "loractl_server_"
+HITS = f'sum by (level) (rate({S}adapter_cache_requests_total{{{BY}, result="hit"}}[$__rate_interval]))'
+SIDE, SIDE_LEGEND = "adapter, version, track", "{{adapter}} {{version}} {{track}}"
 SERVER: dict[str, list[Panel]] = {
     "Is it well?": [
         ("Ready", "short", [(gauge(S + "ready"), "{{instance}}")]),
@@ -77,9 +83,24 @@ SERVER: dict[str, list[Panel]] = {
             "ops",
             [
                 (rate(S + "adapter_loads_total"), "loads"),
-                (rate(S + "adapter_evictions_total"), "evictions"),
+                (rate(S + "adapter_evictions_total", by="level"), "evictions {{level}}"),
                 (rate(S + "adapter_load_failures_total"), "failures"),
             ],
+        ),
+        ("Load time by stage, p95", "s", [(quantile(0.95, S + "adapter_load_seconds", by="stage"), "{{stage}}")]),
+        ("Failed loads by why", "ops", [(rate(S + "adapter_load_failures_total", by="reason"), "{{reason}}")]),
+        (
+            "Quarantined",
+            "short",
+            [
+                (gauge(S + "adapters_quarantined", by="reason"), "adapters {{reason}}"),
+                (gauge(S + "requests_quarantined", by="job"), "prompts"),
+            ],
+        ),
+        (
+            "Found, by level",
+            "percentunit",
+            [(f"{HITS} / {rate(S + 'adapter_cache_requests_total', by='level')}", "{{level}}")],
         ),
         (
             "Busiest adapters",
@@ -90,13 +111,31 @@ SERVER: dict[str, list[Panel]] = {
         ("Distinct adapters in a step, p95", "short", [(quantile(0.95, S + "batch_distinct_adapters"), "p95")]),
         ("Adapter memory", "bytes", [(gauge(S + "adapter_cache_bytes", by="level"), "{{level}}")]),
     ],
+    "Canaries": [
+        (
+            "Requests by version",
+            "reqps",
+            [(rate(S + "canary_requests_total", by=SIDE), SIDE_LEGEND)],
+        ),
+        (
+            "Failed share by version",
+            "percentunit",
+            [(ratio(S + "canary_errors_total", S + "canary_requests_total", by=SIDE), SIDE_LEGEND)],
+        ),
+        (
+            "Seconds a token by version",
+            "s",
+            [(ratio(S + "canary_request_seconds_total", S + "canary_generation_tokens_total", by=SIDE), SIDE_LEGEND)],
+        ),
+    ],
     "Engine": [
         ("KV cache in use", "percentunit", [(gauge(S + "kv_cache_usage_ratio"), "{{instance}}")]),
         (
             "Prefix cache hits",
             "percentunit",
-            [(f"{rate(S + 'prefix_cache_hits_total')} / {rate(S + 'prefix_cache_queries_total')}", "hits")],
+            [(ratio(S + "prefix_cache_hits_total", S + "prefix_cache_queries_total"), "hits")],
         ),
+        ("Device memory", "bytes", [(gauge(S + "device_memory_bytes", by="kind"), "{{kind}}")]),
         ("Step, p95", "s", [(quantile(0.95, S + "step_seconds", by="phase"), "{{phase}}")]),
         ("Requests in a step, p50", "short", [(quantile(0.5, S + "batch_requests"), "p50")]),
         (
@@ -105,6 +144,8 @@ SERVER: dict[str, list[Panel]] = {
             [
                 (rate(S + "preemptions_total"), "preemptions"),
                 (rate(S + "isolated_requests_total"), "failed alone"),
+                (rate(S + "nonfinite_logits_total"), "no numbers"),
+                (rate(S + "oom_total"), "out of memory"),
                 (rate(S + "engine_restarts_total"), "restarts"),
                 (rate(S + "client_disconnects_total"), "clients gone"),
             ],

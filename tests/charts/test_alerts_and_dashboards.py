@@ -18,7 +18,8 @@ from chart_tools import ToolMissing, program
 from loractl.adapters.reference import Digest
 from loractl.hub.metrics import HubMetrics
 from loractl.server.engine.stats import EngineStats, SlotStats
-from loractl.server.metrics import EngineCollector, ServerMetrics, Snapshot
+from loractl.server.engine_metrics import EngineCollector, Snapshot
+from loractl.server.metrics import ServerMetrics
 
 CHARTS = Path(__file__).parents[2] / "charts"
 RULES = sorted((CHARTS / "loractl" / "rules").glob("*.yaml"))
