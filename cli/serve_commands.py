@@ -69,7 +69,15 @@ def serve(**options: Any) -> None:
     host, port = options["host"], options["port"]
     checked = assemble.check(_choices(options))
     if options["check_config"]:
-        print_json({"base": checked.base_name, "fingerprint": checked.fingerprint, "adapters": list(checked.local)})
+        print_json(
+            {
+                "base": checked.base_name,
+                "fingerprint": checked.fingerprint,
+                "adapters": list(checked.local),
+                "vllm_metrics": checked.choices.vllm_metrics,
+                "tracing": checked.tracing is not None,
+            }
+        )
         return
     listener = open_socket(host, port)
     port = listener.getsockname()[1]

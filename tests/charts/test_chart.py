@@ -195,6 +195,26 @@ def test_cache_volume_is_larger_than_the_limit_that_the_server_keeps() -> None:
     assert int(volume["emptyDir"]["sizeLimit"]) == limit + limit // 10
 
 
+def test_vllms_names_and_traces_are_there_only_when_asked_for() -> None:
+    def server(*settings: str) -> tuple[list[str], dict[str, str], list[Manifest]]:
+        manifests = rendered("monitoring", *settings)
+        container = one(manifests, "Deployment", "-server")["spec"]["template"]["spec"]["containers"][0]
+        environment = {entry["name"]: entry.get("value", "") for entry in container["env"]}
+        egress: list[Manifest] = one(manifests, "NetworkPolicy", "-server")["spec"]["egress"]
+        return container["args"], environment, egress
+
+    arguments, environment, egress = server()
+    assert "--vllm-metrics" in arguments
+    assert environment["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector.monitoring.svc:4318"
+    assert (environment["OTEL_SERVICE_NAME"], environment["OTEL_TRACES_SAMPLER_ARG"]) == ("demo-loractl-server", "0.1")
+    assert {"ports": [{"port": 4318}]} in egress
+    arguments, environment, egress = server("server.metrics.vllmNames=false", "server.tracing.endpoint=")
+    assert "--vllm-metrics" not in arguments
+    assert not [name for name in environment if name.startswith("OTEL_")]
+    assert {"ports": [{"port": 4318}]} not in egress
+    assert {"ports": [{"port": 4318}]} not in server("server.tracing.egressPort=0")[2]
+
+
 def test_gpu_is_asked_for_in_both_requests_and_limits_when_there_is_one() -> None:
     def first(*settings: str) -> Manifest:
         pod: Manifest = one(rendered("default", *settings), "Deployment", "-server")["spec"]["template"]["spec"]

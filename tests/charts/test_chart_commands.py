@@ -76,22 +76,29 @@ def test_picker_polls_a_page_and_metrics_that_the_server_has() -> None:
     plugins = {plugin["type"]: plugin.get("parameters", {}) for plugin in config["plugins"]}
     sources = (ROOT / "server" / "operator_routes.py").read_text()
     assert f'"{plugins["metrics-data-source"]["path"]}"' in sources
-    metrics = (ROOT / "server" / "metrics.py").read_text()
+    metrics = (ROOT / "server" / "engine_metrics.py").read_text()
     (engine,) = plugins["core-metrics-extractor"]["engineConfigs"]
     for key, value in engine.items():
         if key.endswith("Spec"):
             assert value.removeprefix("loractl_server_") in metrics
 
 
-def test_serve_takes_the_rendered_flags_with_check_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("values", ["default", "monitoring"])
+def test_serve_takes_the_rendered_flags_with_check_config(
+    values: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tiny_models import make_tiny_base
 
-    base = make_tiny_base(tmp_path / "smollm2")
+    path = "q" if values == "monitoring" else "smollm2"
+    base = make_tiny_base(tmp_path / path)
     keys = tmp_path / "keys"
     keys.write_text("sk-chart-test-0123456789abcdef\n")
-    container = one(rendered(), "Deployment", "-server")["spec"]["template"]["spec"]["containers"][0]
+    container = one(rendered(values), "Deployment", "-server")["spec"]["template"]["spec"]["containers"][0]
+    for entry in container["env"]:
+        if entry["name"].startswith("OTEL_"):
+            monkeypatch.setenv(entry["name"], entry["value"])
     places = {
-        "/models/smollm2": str(base),
+        f"/models/{path}": str(base),
         "/run/secrets/loractl/keys": str(keys),
         "/var/cache/loractl": str(tmp_path / "cache"),
     }
@@ -99,7 +106,10 @@ def test_serve_takes_the_rendered_flags_with_check_config(tmp_path: Path, capsys
     for inside, here in places.items():
         words = [re.sub(rf"(^|=){inside}", rf"\g<1>{here}", word) for word in words]
     code = run([*words, "--check-config"])
-    assert code == 0, capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    told = json.loads(shown.out)
+    assert (told["vllm_metrics"], told["tracing"]) == ((True, True) if path == "q" else (False, False))
 
 
 def test_hub_takes_the_rendered_flags_and_files_with_check_config(

@@ -31,6 +31,9 @@
 - --max-model-len={{ .limits.maxModelTokens }}
 {{- end }}
 - --drain-timeout={{ .drain.timeoutSeconds }}
+{{- if .metrics.vllmNames }}
+- --vllm-metrics
+{{- end }}
 {{- range .extraArgs }}
 - {{ . | quote }}
 {{- end }}
