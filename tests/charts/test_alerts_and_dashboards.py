@@ -63,7 +63,8 @@ def exported() -> set[str]:
     server, hub = ServerMetrics(), HubMetrics()
     digest = Digest("sha256:" + "0" * 64)
     stats = EngineStats(slots=(SlotStats(digest=digest, rank=4, pinned=False, num_running=0),), num_slots=1)
-    snapshot = Snapshot(stats=stats, names={}, config={}, **_server_gauges())
+    told = _server_gauges()
+    snapshot = Snapshot(stats=stats, names={}, config={}, gauges=told["gauges"], counters=told["counters"])
     server.registry.register(EngineCollector(lambda: snapshot))
     return {name for registry in (server.registry, hub.registry) for name in _series(registry)}
 
@@ -138,7 +139,8 @@ def test_dashboards_are_what_the_tables_say() -> None:
 
 def test_promtool_finds_no_fault_with_the_metrics(promtool: Path) -> None:
     server, hub = ServerMetrics(), HubMetrics()
-    snapshot = Snapshot(stats=EngineStats(), names={}, config={}, **_server_gauges())
+    told = _server_gauges()
+    snapshot = Snapshot(stats=EngineStats(), names={}, config={}, gauges=told["gauges"], counters=told["counters"])
     server.registry.register(EngineCollector(lambda: snapshot))
     for page in (server.page(), hub.text()):
         done = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True, check=False)
