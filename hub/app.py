@@ -29,7 +29,7 @@ from loractl.hub.services import open_hub
 from loractl.hub.settings import HubSettings
 from loractl.hub.webhooks import dispatching
 
-_HF_ROUTES = [
+HF_ROUTES = [
     *repo_routes.ROUTES,
     *read_routes.ROUTES,
     *ref_routes.ROUTES,
@@ -48,7 +48,7 @@ _OWN_ROUTES = [
 ]
 _ROUTES: list[Router | HTTPRouteHandler] = [
     # Their protocol is written down elsewhere.
-    Router("/", route_handlers=_HF_ROUTES, include_in_schema=False),
+    Router("/", route_handlers=HF_ROUTES, include_in_schema=False),
     *documented(_OWN_ROUTES),
     *health_routes.ROUTES,
     pages_router(),

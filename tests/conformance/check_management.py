@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from faulty_proxy import faulty_proxy
 from wire import status_of
 
 
@@ -36,7 +37,9 @@ def test_bad_token_is_named_so(endpoint: str) -> None:
         HfApi(endpoint=endpoint, token="hf_" + "x" * 34).whoami()
 
 
-def test_repo_made_twice_answers_409_with_its_address(api: HfApi, http: httpx.Client, namespace: str) -> None:
+def test_repo_made_twice_answers_409_with_its_address(
+    api: HfApi, http: httpx.Client, namespace: str, make_token: Callable[..., str]
+) -> None:
     """T1."""
     repo = f"{namespace}/twice"
     first = api.create_repo(repo)
@@ -48,6 +51,12 @@ def test_repo_made_twice_answers_409_with_its_address(api: HfApi, http: httpx.Cl
         api.create_repo(repo)
     assert status_of(refused.value) == 409
     assert api.create_repo(repo, exist_ok=True).repo_id == repo
+    # Who may only read is refused, looks whether the repo is there, and goes on.
+    reader = HfApi(endpoint=str(http.base_url).rstrip("/"), token=make_token("read"))
+    assert reader.create_repo(repo, exist_ok=True).repo_id == repo
+    with pytest.raises(HfHubHTTPError) as forbidden:
+        reader.create_repo(f"{namespace}/never")
+    assert status_of(forbidden.value) == 403
     api.delete_repo(repo)
 
 
@@ -63,23 +72,27 @@ print(HfApi().upload_folder(folder_path=folder, repo_id=repo).commit_url)
 def test_addresses_carry_the_host_that_was_asked(
     endpoint: str, client_environment: dict[str, str], api: HfApi, namespace: str, adapter: Path
 ) -> None:
-    """T2: clients refuse another host, so `localhost` and `127.0.0.1` each get their own."""
-    for host in ("localhost", "127.0.0.1"):
-        address = f"http://{host}:{endpoint.rpartition(':')[2]}"
-        repo = f"{namespace}/{host.replace('.', '-')}"
-        done = subprocess.run(
-            [sys.executable, "-c", _PUSH, str(adapter), repo],
-            env=client_environment | {"HF_ENDPOINT": address},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        made, commit = done.stdout.split()
-        assert made == f"{address}/{repo}"
-        assert commit.startswith(f"{address}/{repo}/commit/")
-        api.delete_repo(repo)
+    """T2: clients refuse another host, so `localhost`, `127.0.0.1` and a proxy each get their own."""
+    with faulty_proxy(endpoint) as proxy:
+        port = endpoint.rpartition(":")[2]
+        for number, address in enumerate((f"http://localhost:{port}", f"http://127.0.0.1:{port}", proxy.url)):
+            made, commit = _push(client_environment | {"HF_ENDPOINT": address}, adapter, f"{namespace}/r{number}")
+            assert made == f"{address}/{namespace}/r{number}"
+            assert commit.startswith(f"{made}/commit/")
+            api.delete_repo(f"{namespace}/r{number}")
+
+
+def _push(environment: dict[str, str], folder: Path, repo: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", _PUSH, str(folder), repo],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
 def test_deleted_repo_is_missing(api: HfApi, namespace: str) -> None:

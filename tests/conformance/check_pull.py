@@ -1,8 +1,10 @@
 """Pull: all that a stock client reads of a repo, files and lists, and what it is told when something is missing."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -129,6 +131,8 @@ def test_tree_is_listed_whole_and_by_folder(api: HfApi, http: httpx.Client, repo
     assert [one.path for one in inner] == ["a/b/c.txt"]
     assert inner[0].last_commit is not None
     assert http.get(f"/api/models/{repo}/tree/main/a%2Fb").json()[0]["path"] == "a/b/c.txt"
+    # Xet hints in a tree would send clients to a store that is not there.
+    assert "xetHash" not in http.get(f"/api/models/{repo}/tree/main?recursive=true&expand=true").text
     with pytest.raises(EntryNotFoundError):
         list(api.list_repo_tree(repo, "absent"))
 
@@ -150,6 +154,22 @@ def test_commits_are_listed_newest_first(api: HfApi, pushed: str) -> None:
     assert [one.title for one in commits][:2] == ["second", "first"]
     assert commits[0].commit_id == newest.oid
     assert len(api.list_repo_commits(pushed, revision="v1")) == len(commits) - 1
+
+
+@pytest.mark.parametrize("path", ["tree/main?recursive=true&limit=2", "commits/main?limit=1"])
+def test_long_lists_lead_from_page_to_page(http: httpx.Client, api: HfApi, pushed: str, path: str) -> None:
+    api.upload_file(path_or_fileobj=b"x", path_in_repo="folder/notes.txt", repo_id=pushed)
+    whole = http.get(f"/api/models/{pushed}/{path.partition('limit=')[0]}").json()
+    seen: list[Any] = []
+    url: str | None = f"/api/models/{pushed}/{path}"
+    while url is not None:
+        answer = http.get(url)
+        assert len(answer.json()) <= 2
+        seen += answer.json()
+        link = answer.links.get("next")
+        url = None if link is None else link["url"]
+    assert len(seen) >= 3
+    assert seen == whole
 
 
 @pytest.mark.parametrize(
@@ -229,28 +249,61 @@ def test_private_repo_answers_strangers_as_if_missing(
             ]
             assert told[0] == told[1]
             assert told[0][:2] == (404, "RepoNotFound")
+        batch = {"objects": [{"oid": "0" * 64, "size": 1}]}
+        for method, path, body in (
+            ("POST", "/api/models/{}/preupload/main", {"files": []}),
+            ("POST", "/api/models/{}/paths-info/main", {"paths": []}),
+            ("POST", "/{}.git/info/lfs/objects/batch", batch),
+            ("POST", "/{}.git/info/lfs/objects/verify", batch["objects"][0]),
+            ("POST", "/api/models/{}/branch/x", {}),
+            ("DELETE", "/api/models/{}/branch/main", {}),
+            ("POST", "/api/models/{}/tag/main", {"tag": "x"}),
+            ("DELETE", "/api/models/{}/tag/v1", {}),
+            ("PUT", "/api/models/{}/settings", {"private": False}),
+            ("DELETE", "/api/repos/delete", {"name": "{}"}),
+        ):
+            answers = [
+                stranger.request(
+                    method,
+                    path.format(repo),
+                    content=json.dumps(body).replace("{}", repo),
+                    headers={"Content-Type": "application/json"},
+                )
+                for repo in (private, absent)
+            ]
+            assert [(one.status_code, one.headers.get("x-error-code")) for one in answers] == [
+                (404, "RepoNotFound")
+            ] * 2, path
         assert stranger.get("/api/models", params={"author": namespace}).json() == []
+    assert api.model_info(private).private is True
     api.delete_repo(private)
 
 
 def test_head_is_exact_and_empty(http: httpx.Client, api: HfApi, pushed: str, adapter: Path) -> None:
-    """T9, T11: all metadata on HEAD, whether the bytes come from here or from a redirect that is not followed."""
+    """T9: all metadata on HEAD, and exactly those of the bytes that GET sends."""
     for name, data in folder_bytes(adapter).items():
         answer = http.head(f"/{pushed}/resolve/main/{name}", headers={"Accept-Encoding": "identity"})
-        assert answer.status_code in {200, 302}
+        assert answer.status_code == 200
         assert answer.content == b""
         assert answer.headers["x-repo-commit"] == api.model_info(pushed).sha
         assert answer.headers["etag"].startswith('"')
         assert "content-encoding" not in answer.headers
-        if answer.status_code == 200:
-            assert int(answer.headers["content-length"]) == len(data)
-            assert answer.headers["accept-ranges"] == "bytes"
+        assert int(answer.headers["content-length"]) == len(data)
+        assert answer.headers["accept-ranges"] == "bytes"
         if name == WEIGHTS:
             assert answer.headers["x-linked-etag"] == f'"{sha256(data)}"'
             assert int(answer.headers["x-linked-size"]) == len(data)
         # Xet hints would send clients to a store that is not there.
         assert "x-xet-hash" not in answer.headers
         assert "xet-auth" not in answer.headers.get("link", "")
+
+
+def test_download_never_leads_to_another_host(http: httpx.Client, pushed: str, adapter: Path) -> None:
+    """T11: this hub sends every byte itself, so no client has to leave its token behind or trust a second address."""
+    for name, data in folder_bytes(adapter).items():
+        answer = http.get(f"/{pushed}/resolve/main/{name}", follow_redirects=False)
+        assert (answer.status_code, answer.content) == (200, data)
+        assert "location" not in answer.headers
 
 
 @pytest.mark.parametrize(
@@ -290,6 +343,23 @@ def test_lists_filter_by_author_text_and_tag(api: HfApi, pushed: str, namespace:
     assert list(api.list_models(author=namespace, filter=["peft", "license:apache-2.0"])) == []
     full = next(iter(api.list_models(author=namespace, full=True)))
     assert WEIGHTS in {one.rfilename for one in full.siblings or []}
+    assert [one.id for one in api.list_models(author=namespace, cardData=True)] == [pushed]
+
+
+def test_lists_are_sorted_as_asked(http: httpx.Client, api: HfApi, pushed: str, namespace: str, tmp_path: Path) -> None:
+    api.create_repo(f"{namespace}/younger")
+    api.hf_hub_download(pushed, WEIGHTS, cache_dir=tmp_path / "cache")
+
+    def first(sort: str) -> str:
+        answer = http.get("/api/models", params={"author": namespace, "sort": sort, "limit": 1})
+        return str(answer.json()[0]["id"])
+
+    for name in ("lastModified", "createdAt", "likes", "trendingScore", "last_modified", "created_at"):
+        assert first(name) == f"{namespace}/younger", name
+    assert first("downloads") == pushed
+    assert api.model_info(pushed).downloads == 1
+    assert http.get("/api/models", params={"sort": "colour"}).status_code == 400
+    api.delete_repo(f"{namespace}/younger")
 
 
 def test_pages_neither_repeat_nor_skip_while_repos_come(api: HfApi, http: httpx.Client, namespace: str) -> None:

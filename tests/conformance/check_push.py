@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,11 @@ def test_stale_parent_is_refused(api: HfApi, pushed: str) -> None:
     assert status_of(refused.value) == 412
 
 
+def test_commit_to_a_branch_that_is_not_there_says_so(http: httpx.Client, repo: str) -> None:
+    answer = send_commit(http, repo, header_line(), file_line("a.txt", b"x"), revision="absent")
+    assert (answer.status_code, answer.headers["x-error-code"]) == (404, "RevisionNotFound")
+
+
 def test_of_two_racing_commits_one_is_refused(endpoint: str, token: str, http: httpx.Client, pushed: str) -> None:
     """T13."""
     parent = commits_of(http, pushed)[0]
@@ -191,6 +197,34 @@ def test_upload_address_is_good_for_one_object_of_one_repo(http: httpx.Client, r
     assert "actions" not in offer(http, repo, data)
 
 
+def test_offer_of_uploads_is_one_that_old_clients_take(http: httpx.Client, repo: str) -> None:
+    """The way is never Xet's, an object that is too large has its reason, and only uploads of sha256 are offered."""
+    place = f"/{repo}.git/info/lfs/objects/batch"
+    body = {"operation": "upload", "transfers": ["basic", "multipart", "xet"], "hash_algo": "sha256"}
+    good, large = (
+        http.post(place, json=body | {"objects": [{"oid": "a" * 64, "size": size}]}).json() for size in (5, 1 << 60)
+    )
+    assert {good["transfer"], large["transfer"]} <= {"basic", "multipart"}
+    assert set(good["objects"][0]["actions"]) == {"upload", "verify"}
+    assert "actions" not in large["objects"][0]
+    assert large["objects"][0]["error"]["code"] == 413
+    assert "over the limit" in large["objects"][0]["error"]["message"]
+    for other in ({"operation": "download"}, {"hash_algo": "md5"}, {"objects": [{"oid": "A" * 64, "size": 5}]}):
+        assert http.post(place, json={"objects": []} | body | other).status_code == 400
+
+
+def test_busy_hub_is_asked_again(
+    endpoint: str, client_environment: dict[str, str], http: httpx.Client, repo: str, adapter: Path
+) -> None:
+    """T21, the other half: an upload that hears 503 and `Retry-After` is repeated by the client and arrives."""
+    uses_xet = "HF_HUB_DISABLE_XET" not in os.environ and CLIENT >= (1, 20, 0)
+    with faulty_proxy(endpoint) as proxy:
+        proxy.refuse = ("/xet/" if uses_xet else "signature=", 503, {"Retry-After": "1"})
+        oid = _run(client_environment | {"HF_ENDPOINT": proxy.url}, _PUSH, str(adapter), repo)
+        assert proxy.refuse is None
+    assert commits_of(http, repo)[0] == oid
+
+
 def test_upload_address_expires(open_hub: OpenHub) -> None:
     """T15."""
     with open_hub(upload_ttl_s=-1) as hub, _client(hub.url, hub.admin) as http:
@@ -254,7 +288,8 @@ def test_parts_missing_twice_or_wrong_are_refused(open_hub: OpenHub) -> None:
         assert complete([1, 2, 3, 4]) == 400
         httpx.put(urls[4], content=parts[4])
         assert complete([4, 3, 2, 1]) in {200, 400}
-        assert complete([1, 2, 3, 4]) == 200
+        # Clients repeat what they heard no answer to.
+        assert [complete([1, 2, 3, 4]) for _ in range(2)] == [200, 200]
         assert send_commit(http, "team/adapter", header_line(), lfs_line("a.dat", sha256(data))).status_code == 200
 
 
@@ -345,6 +380,14 @@ def test_xet_session_is_bound_to_its_repo(http: httpx.Client, api: HfApi, repo: 
         ("POST", f"v1/xorb-grants/default/{xorb}"),
     ):
         assert httpx.request(method, f"{first['casUrl']}/{path}", headers=headers).status_code == 404
+    # Older readers of the answer look at its headers.
+    answer = http.get(f"/api/models/{repo}/xet-write-token/main")
+    told = answer.json()
+    assert answer.headers["x-xet-cas-url"] == told["casUrl"]
+    assert answer.headers["x-xet-access-token"] == told["accessToken"]
+    assert int(answer.headers["x-xet-token-expiration"]) == told["exp"] > time.time() + 60
+    assert http.get(f"/api/models/{repo}/xet-write-token/main?create_pr=1").status_code == 400
+    assert http.get(f"/api/models/{repo}/xet-write-token/absent").headers["x-error-code"] == "RevisionNotFound"
     # Nothing is ever read by Xet here.
     assert http.get(f"/api/models/{repo}/xet-read-token/main").status_code == 404
     api.delete_repo(f"{namespace}/second")
@@ -388,6 +431,8 @@ def test_xet_pieces_that_do_not_fit_are_refused(http: httpx.Client, repo: str) -
     assert post("v1/xorbs/default/../../../etc/passwd", sound) in {400, 404}
     assert post("v1/xorbs/default/%2e%2e%2fescape", sound) == 400
     assert post("v1/shards", _shard("c" * 64, data)) == 400
+    # Some clients end a xorb with its footer.
+    assert post(place, sound + b"XETBLOB" + bytes(40)) == 200
     assert post(place, sound) == 200
     for wrong in (
         b"",
@@ -434,7 +479,6 @@ _FILE = file_line("a.txt", b"hello")
         ((header_line(), '{"key":' + "[" * 200_000 + "\n"), 400),
         ((header_line(), '{"key":"file","value":' + '{"a":' * 100_000 + "1" + "}" * 100_000 + "}\n"), 400),
         ((header_line(), *(['{"key":"deletedFile","value":{"path":"a.txt"}}\n'] * 4000)), 413),
-        ((header_line(), *(file_line(f"f{number}.txt", b"x") for number in range(1001))), 413),
         ((header_line(), file_line("a.txt", bytes(2 << 20))), 413),
     ],
 )
@@ -447,6 +491,17 @@ def test_body_that_is_no_commit_changes_nothing(
     assert answer.status_code == status, answer.text[:500]
     assert answer.json()["error"]
     assert commits_of(http, repo) == before
+
+
+def test_commit_of_too_many_files_changes_nothing(open_hub: OpenHub) -> None:
+    """T20."""
+    with open_hub(max_files_per_repo=3) as hub, _client(hub.url, hub.admin) as http:
+        http.post("/api/repos/create", json={"name": "adapter", "organization": "team"})
+        before = commits_of(http, "team/adapter")
+        for num_files, status in ((4, 413), (3, 200)):
+            lines = [file_line(f"f{number}.txt", b"x") for number in range(num_files)]
+            assert send_commit(http, "team/adapter", header_line(), *lines).status_code == status
+            assert (commits_of(http, "team/adapter") == before) == (status == 413)
 
 
 def test_endless_line_is_refused(http: httpx.Client, repo: str) -> None:
@@ -508,3 +563,6 @@ def test_reader_may_not_push(endpoint: str, pushed: str, other_adapter: Path, ma
     with pytest.raises(HfHubHTTPError) as refused:
         HfApi(endpoint=endpoint, token=make_token("read")).upload_folder(repo_id=pushed, folder_path=other_adapter)
     assert status_of(refused.value) == 403
+    headers = {"Authorization": f"Bearer {make_token('read')}"}
+    answer = httpx.get(f"{endpoint}/api/models/{pushed}/xet-write-token/main", headers=headers)
+    assert (answer.status_code, answer.headers["x-error-message"]) == (403, answer.json()["error"].partition(" (")[0])

@@ -89,3 +89,14 @@ def test_history_is_not_rewritten(http: httpx.Client, api: HfApi, pushed: str) -
 def test_refs_with_pull_requests_asked_for_are_listed(api: HfApi, pushed: str) -> None:
     refs = api.list_repo_refs(pushed, include_pull_requests=True)
     assert (refs.converts, refs.pull_requests) == ([], [])
+
+
+def test_revision_is_found_by_every_way_of_writing_it(http: httpx.Client, api: HfApi, pushed: str) -> None:
+    """Branch, tag, both in full, a commit and a part of it that is long enough; nothing else, and no pull request."""
+    sha = api.model_info(pushed).sha
+    assert sha is not None
+    for revision in ("main", "v1", "refs%2Fheads%2Fmain", "refs%2Ftags%2Fv1", sha, sha[:7]):
+        assert http.get(f"/api/models/{pushed}/revision/{revision}").json()["sha"] == sha, revision
+    for revision in (sha[:6], "refs%2Fpr%2F1", "refs%2Fheads%2Fv1", "HEAD"):
+        answer = http.get(f"/api/models/{pushed}/revision/{revision}")
+        assert (answer.status_code, answer.headers["x-error-code"]) == (404, "RevisionNotFound"), revision

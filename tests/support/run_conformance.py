@@ -152,7 +152,12 @@ def main() -> int:
     for one in combinations():
         if arguments.only in str(one):
             print(f"== {one}", flush=True)
-            if run_combination(one, junit=arguments.junit / f"{one}.xml", options=tuple(options)):
+            if run_combination(
+                one,
+                junit=arguments.junit / f"{one}.xml",
+                categories=tuple(arguments.category or CATEGORIES),
+                options=tuple(options),
+            ):
                 failed.append(str(one))
     print("conformance:", f"failed: {', '.join(failed)}" if failed else "all combinations passed")
     return 1 if failed else 0
