@@ -184,6 +184,21 @@ HUB: dict[str, list[Panel]] = {
         ("Blobs", "bytes", [(gauge(H + "blob_bytes"), "stored"), (gauge(H + "storage_free_bytes"), "free")]),
         ("Blobs missing or damaged", "ops", [(rate(H + "blob_errors_total", by="kind"), "{{kind}}")]),
     ],
+    "What it stands on": [
+        ("Time in the store, p95", "s", [(quantile(0.95, H + "storage_seconds", by="op"), "{{op}}")]),
+        ("Store failures", "ops", [(rate(H + "storage_errors_total", by="op, code"), "{{op}} {{code}}")]),
+        ("Time in the database, p95", "s", [(quantile(0.95, H + "db_seconds", by="op"), "{{op}}")]),
+        (
+            "Upkeep",
+            "dateTimeFromNow",
+            [
+                (gauge(H + "gc_last_success_timestamp_seconds") + " * 1000", "gc"),
+                (gauge(H + "scrub_last_success_timestamp_seconds") + " * 1000", "fsck"),
+            ],
+        ),
+        ("Bytes that were there already", "Bps", [(rate(H + "blob_dedup_bytes_total"), "not stored again")]),
+        ("Told to come later", "ops", [(rate(H + "rate_limited_total", by="scope"), "{{scope}}")]),
+    ],
 }
 
 

@@ -19,20 +19,27 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from loractl.adapters.errors import Unreachable, UsageError
+from loractl.adapters.errors import LoractlError, Unreachable, UsageError
 from loractl.hub.blobs.store import disk_full
+from loractl.hub.metrics import HubMetrics
 
 SQLITE_FILE = "hub.sqlite3"
 _BUSY_TIMEOUT_S = 30.0
 _NUM_READERS = 8
+# Classes of PostgreSQL's SQLSTATE codes, https://www.postgresql.org/docs/current/errcodes-appendix.html
+_DISK_FULL = "53100"
+_BUSY_CLASSES = ("53", "55P03")
+_SERIALIZATION_CLASSES = ("40",)
+_PASSING_CLASSES = ("08", "53", "55P03", "57P", *_SERIALIZATION_CLASSES)
 
 
 class Database:
     """A pool of connections; `read` and `write` are the only ways in."""
 
-    def __init__(self, engine: AsyncEngine, writer: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, writer: AsyncEngine, metrics: HubMetrics) -> None:
         self.engine = engine
         self._writer = writer
+        self._metrics = metrics
         self._write_lock = asyncio.Lock()
 
     @property
@@ -42,14 +49,14 @@ class Database:
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """Open a snapshot for reading. Raises Unreachable when the database is away."""
-        with _as_unreachable():
+        with self._metrics.db_seconds.labels(op="read").time(), self._as_unreachable():
             async with self.engine.connect() as connection:
                 yield connection
 
     @contextlib.asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """Open one transaction: durable when the block ends, undone when it raises. Raises Unreachable."""
-        with _as_unreachable():
+        with self._metrics.db_seconds.labels(op="write").time(), self._as_unreachable():
             if not self.is_sqlite:
                 async with self._writer.begin() as connection:
                     yield connection
@@ -78,9 +85,30 @@ class Database:
         if self._writer is not self.engine:
             await self._writer.dispose()
 
+    @contextlib.contextmanager
+    def _as_unreachable(self) -> Iterator[None]:
+        try:
+            with _translated():
+                yield
+        except LoractlError as error:
+            if isinstance(error.__cause__, DBAPIError | PoolTimeoutError | ConnectionError):
+                self._metrics.db_errors.labels(kind=_kind(error.__cause__)).inc()
+            raise
+
+
+def _kind(cause: BaseException) -> str:
+    """What went wrong, in one of a few words."""
+    code = str(getattr(getattr(cause, "orig", None), "sqlstate", None) or "")
+    text = str(cause)
+    if isinstance(cause, PoolTimeoutError) or "locked" in text or code.startswith(_BUSY_CLASSES):
+        return "busy"
+    if code.startswith(_SERIALIZATION_CLASSES):
+        return "serialization"
+    return "disk_full" if "disk is full" in text or code == _DISK_FULL else "connection"
+
 
 @contextlib.contextmanager
-def _as_unreachable() -> Iterator[None]:
+def _translated() -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
@@ -92,6 +120,11 @@ def _as_unreachable() -> Iterator[None]:
     except DBAPIError as error:
         if error.connection_invalidated:
             raise Unreachable("the hub lost its database", retry_after_s=2.0) from error
+        code = str(getattr(error.orig, "sqlstate", None) or "")
+        if code == _DISK_FULL:
+            raise disk_full() from error
+        if code.startswith(_PASSING_CLASSES):
+            raise Unreachable("the hub's database is busy or restarts", retry_after_s=2.0) from error
         raise
 
 
@@ -110,8 +143,9 @@ def database_url(root: Path, url: str | None) -> str:
     )
 
 
-def open_database(url: str) -> Database:
+def open_database(url: str, *, metrics: HubMetrics | None = None) -> Database:
     """Make the engines for a URL from `database_url`; connects lazily."""
+    metrics = metrics or HubMetrics()
     if url.startswith("sqlite"):
         options: dict[str, Any] = {
             "poolclass": AsyncAdaptedQueuePool,
@@ -124,7 +158,7 @@ def open_database(url: str) -> Database:
         event.listen(writer.sync_engine, "connect", _prepare_sqlite)
         event.listen(readers.sync_engine, "begin", _begin_snapshot)
         event.listen(writer.sync_engine, "begin", _begin_immediate)
-        return Database(readers, writer)
+        return Database(readers, writer, metrics)
     engine = create_async_engine(
         url,
         pool_size=_NUM_READERS,
@@ -133,7 +167,7 @@ def open_database(url: str) -> Database:
         pool_timeout=10.0,
         connect_args={"timeout": 10, "command_timeout": 60},
     )
-    return Database(engine, engine)
+    return Database(engine, engine, metrics)
 
 
 class _LettingGo(sqlite3.Connection):

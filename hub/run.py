@@ -10,12 +10,13 @@ from types import FrameType
 import uvicorn
 from litestar import Litestar
 
-from loractl.adapters.errors import UsageError
+from loractl.adapters.errors import LoractlError, Unreachable, UsageError
 from loractl.hub.actor import SYSTEM
 from loractl.hub.app import create_app
 from loractl.hub.collect import Collected, collect
 from loractl.hub.fsck import Report, check
 from loractl.hub.logs import configure_logs
+from loractl.hub.registry.records import UpkeepKind
 from loractl.hub.services import open_hub
 from loractl.hub.settings import HubSettings
 from loractl.hub.wire import TokenCreate, TokenCreated, TokenView
@@ -117,10 +118,26 @@ async def revoke_token(settings: HubSettings, token_id: str) -> TokenView:
 async def collect_garbage(settings: HubSettings, *, grace_s: float | None) -> Collected:
     """Remove what nothing names; safe beside a running hub."""
     async with open_hub(settings) as hub:
-        return await collect(hub, grace_s=settings.gc_grace_s if grace_s is None else grace_s)
+        try:
+            done = await collect(hub, grace_s=settings.gc_grace_s if grace_s is None else grace_s)
+        except LoractlError:
+            with contextlib.suppress(Unreachable):
+                await hub.upkeep.note(UpkeepKind.GC, succeeded=False)
+            raise
+        await hub.upkeep.note(UpkeepKind.GC, succeeded=True, num_blobs=done.num_blobs + done.num_orphans)
+        return done
 
 
 async def check_store(settings: HubSettings, *, read_data: bool) -> Report:
-    """Look whether all that is promised is there."""
+    """Look whether all that is promised is there; only a look at every byte is noted."""
     async with open_hub(settings) as hub:
-        return await check(hub, read_data=read_data)
+        report = await check(hub, read_data=read_data)
+        if read_data:
+            await hub.upkeep.note(
+                UpkeepKind.SCRUB,
+                succeeded=report.is_sound,
+                num_blobs=report.num_blobs,
+                num_corrupt=len(set(report.corrupt)),
+                num_missing=len(set(report.missing)),
+            )
+        return report

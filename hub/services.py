@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from loractl.adapters.errors import UsageError
 from loractl.adapters.validation import Policy
 from loractl.hub.blobs.local import LocalBlobStore
+from loractl.hub.blobs.metered import MeteredBlobStore
 from loractl.hub.blobs.s3 import open_s3
 from loractl.hub.blobs.store import BlobStore
 from loractl.hub.database import Database, database_url, open_database
@@ -24,6 +25,7 @@ from loractl.hub.registry.quotas import Quotas
 from loractl.hub.registry.repos import Repos
 from loractl.hub.registry.revisions import Revisions
 from loractl.hub.registry.tokens import Tokens
+from loractl.hub.registry.upkeep import Upkeep
 from loractl.hub.registry.uploads import Uploads
 from loractl.hub.registry.webhooks import Webhooks
 from loractl.hub.registry.xet_uploads import XetUploads
@@ -58,6 +60,7 @@ class Hub:
     audit: AuditLog
     quotas: Quotas
     comparison: Comparison
+    upkeep: Upkeep
 
 
 @contextlib.asynccontextmanager
@@ -67,12 +70,13 @@ async def open_hub(settings: HubSettings, *, metrics: HubMetrics | None = None) 
         settings.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--root {settings.root}: {error.strerror}") from error
-    database = open_database(database_url(settings.root, settings.database_url))
+    metrics = metrics or HubMetrics()
+    database = open_database(database_url(settings.root, settings.database_url), metrics=metrics)
     try:
         await migrate(database)
-        store = await open_store(settings)
+        store = MeteredBlobStore(await open_store(settings), metrics)
         policy = Policy(max_files=settings.max_files_per_repo, max_file_bytes=settings.max_file_bytes)
-        ledger = Ledger(database, store, settings)
+        ledger = Ledger(database, store, settings, metrics)
         events = EventLog(database)
         quotas = Quotas(database, settings)
         catalogue = Catalogue(database, store)
@@ -82,7 +86,7 @@ async def open_hub(settings: HubSettings, *, metrics: HubMetrics | None = None) 
             database=database,
             store=store,
             signer=await load_signer(database),
-            metrics=metrics or HubMetrics(),
+            metrics=metrics,
             tokens=Tokens(database, anonymous_read=settings.anonymous_read),
             repos=Repos(database, quotas),
             revisions=Revisions(database),
@@ -99,6 +103,7 @@ async def open_hub(settings: HubSettings, *, metrics: HubMetrics | None = None) 
             audit=AuditLog(database),
             quotas=quotas,
             comparison=Comparison(catalogue, store),
+            upkeep=Upkeep(database),
         )
     finally:
         await database.close()

@@ -4,7 +4,7 @@ namespace 1-n repo 1-n commit 1-n tree_entry n-1 blob
                 |        `-- validation, yank
                 |-- ref (channels and tags) 1-1 canary    ref_log (append-only)
                 |-- repo_alias (old names)      repo_blob (which repo may use which blob)
-token   upload_session   event (append-only)   audit (append-only)   webhook 1-n delivery
+token   upload_session   upkeep (append-only)   event (append-only)   audit (append-only)   webhook 1-n delivery
 """
 
 from sqlalchemy import (
@@ -273,6 +273,19 @@ delivery = Table(
     Column("created_at", Float, nullable=False),
     Column("done_at", Float, nullable=True),
     Index("delivery_due", "state", "next_at"),
+)
+
+upkeep = Table(
+    "upkeep",
+    metadata,
+    _key(),
+    # gc, scrub
+    Column("kind", Text, nullable=False),
+    Column("succeeded", Boolean, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("num_blobs", BigInteger, nullable=False),
+    Column("num_corrupt", BigInteger, nullable=False),
+    Column("num_missing", BigInteger, nullable=False),
 )
 
 secret = Table(

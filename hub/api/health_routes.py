@@ -33,7 +33,10 @@ async def metrics(hub: HubDep) -> Response[bytes]:
         hub.metrics.blob_bytes.set(blob_bytes)
         hub.metrics.repos.set(num_repos)
         hub.metrics.revisions.set(num_commits)
-        hub.metrics.deliveries_pending.set(await hub.webhooks.num_pending())
+        num_pending, lag_s = await hub.webhooks.backlog()
+        hub.metrics.deliveries_pending.set(num_pending)
+        hub.metrics.webhook_lag.set(lag_s)
+        hub.metrics.upkeep.totals = await hub.upkeep.totals()
     for state, num_connections in hub.database.connections().items():
         hub.metrics.db_connections.labels(state=state).set(num_connections)
     if checks["blobs"] and (free := await hub.store.free_bytes()) is not None:

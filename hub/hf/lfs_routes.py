@@ -66,6 +66,7 @@ async def batch(
             raise BadRequest("an oid is 64 hex digits and a size is not negative", field="objects")
     known = await hub.ledger.known(repo, (item.oid for item in data.objects))
     new_bytes = sum(item.size for item in data.objects if item.oid not in known)
+    hub.metrics.blob_dedup_bytes.inc(sum(known.values()))
     used_bytes = await hub.revisions.used_bytes(repo.namespace)
     base = public_base(request, hub)
     multipart = "multipart" in data.transfers and any(

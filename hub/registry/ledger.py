@@ -19,6 +19,7 @@ from loractl.hub import tables
 from loractl.hub.blobs.store import BlobStore, ReceivedBlob, StoredBlob
 from loractl.hub.database import Database
 from loractl.hub.failpoints import reach
+from loractl.hub.metrics import HubMetrics
 from loractl.hub.registry.quotas import over_bytes
 from loractl.hub.registry.records import Repo
 from loractl.hub.settings import HubSettings
@@ -31,10 +32,11 @@ _MAX_VARIABLES = 500
 class Ledger:
     """Takes bytes in, and says which are there."""
 
-    def __init__(self, database: Database, store: BlobStore, settings: HubSettings) -> None:
+    def __init__(self, database: Database, store: BlobStore, settings: HubSettings, metrics: HubMetrics) -> None:
         self._database = database
         self._store = store
         self._settings = settings
+        self._metrics = metrics
 
     async def keep(
         self, repo: Repo, chunks: AsyncIterable[bytes], *, sha256: str | None = None, size_bytes: int | None = None
@@ -48,6 +50,8 @@ class Ledger:
         blob = received.blob
         async with self._database.write() as connection:
             dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+            kept = select(tables.blob.c.sha256).where(tables.blob.c.sha256 == blob.sha256, tables.blob.c.state == READY)
+            is_known = (await connection.execute(kept)).first() is not None
             values = {"state": READY, "touched_at": time.time(), "block_crc32": blob.block_crc32}
             await connection.execute(
                 dialect.insert(tables.blob)
@@ -60,6 +64,8 @@ class Ledger:
             reach("blob-before-publish")
             await self._store.publish(received)
             reach("blob-before-row")
+        if is_known:
+            self._metrics.blob_dedup_bytes.inc(blob.size_bytes)
         return blob
 
     async def known(self, repo: Repo, digests: Iterable[str]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What the rules hand to each other and to the routes. Knows rows, no queries."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Literal
 
 import msgspec
@@ -121,3 +122,24 @@ def entry_of(row: "Row[Any]") -> TreeEntry:
 
 def ref_of(row: "Row[Any]") -> Ref:
     return Ref(row.name, row.kind, row.commit_oid, row.protected, row.updated_at)
+
+
+class UpkeepKind(StrEnum):
+    """The works that are noted."""
+
+    GC = "gc"
+    SCRUB = "scrub"
+    """A fsck that read every byte."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpkeepTotals:
+    """All runs of one kind together; `last_success_at` is a unix time, 0 for never."""
+
+    num_succeeded: int = 0
+    num_failed: int = 0
+    num_blobs: int = 0
+    """That gc removed, that a scrub looked at."""
+    num_corrupt: int = 0
+    num_missing: int = 0
+    last_success_at: float = 0.0

@@ -79,12 +79,13 @@ class Webhooks:
             rows = (await connection.execute(select(tables.webhook).order_by(tables.webhook.c.id.desc()))).all()
         return [_view(row) for row in rows if _may_manage(actor, row)]
 
-    async def num_pending(self) -> int:
-        """Deliveries that wait to be sent, over all webhooks."""
+    async def backlog(self) -> tuple[int, float]:
+        """Deliveries that wait to be sent, over all webhooks, and for how many seconds the oldest of them has."""
         table = tables.delivery
         async with self._database.read() as connection:
-            query = select(func.count()).select_from(table).where(table.c.state == PENDING)
-            return int((await connection.execute(query)).scalar_one())
+            query = select(func.count(), func.min(table.c.created_at)).where(table.c.state == PENDING)
+            num_pending, oldest_at = (await connection.execute(query)).one()
+        return int(num_pending), 0.0 if oldest_at is None else max(0.0, time.time() - oldest_at)
 
     async def delete(self, number: int, *, actor: Actor) -> WebhookView:
         """Take one away with its journal; raises NotFound."""
