@@ -50,7 +50,7 @@ _ROUTES: list[Router | HTTPRouteHandler] = [
     # Their protocol is written down elsewhere.
     Router("/", route_handlers=HF_ROUTES, include_in_schema=False),
     *documented(_OWN_ROUTES),
-    *health_routes.ROUTES,
+    *documented(health_routes.ROUTES, has_errors=False),
     pages_router(),
 ]
 

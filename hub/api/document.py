@@ -1,5 +1,6 @@
 """The OpenAPI document of the hub's own API, and a page that shows it without a script from anywhere. Knows no rule."""
 
+import inspect
 import json
 from collections.abc import Iterable
 from html import escape
@@ -11,8 +12,9 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.plugins import OpenAPIRenderPlugin
+from litestar.openapi.spec import Components, SecurityScheme
 
-from loractl.hub.access import Policy, policy
+from loractl.hub.access import OPT_KEY, Policy, policy
 from loractl.hub.wire import API_PREFIX, ErrorBody
 
 SCHEMA_PATH = API_PREFIX + "/schema"
@@ -29,22 +31,40 @@ _ERRORS = {
     503: "The database or the store of blobs does not answer.",
 }
 
+_WHO = {
+    Policy.PUBLIC: "everybody",
+    Policy.TOKEN: "every valid token; what it may not see is left out, what it may not do is refused",
+    Policy.READ: "who may read the repo; to others it does not exist",
+    Policy.WRITE: "who may write to the repo",
+    Policy.PROMOTE: "who may promote in the repo",
+    Policy.ADMIN: "admins of the repo",
+    Policy.HUB_ADMIN: "admins of the whole hub",
+}
+_SCHEME = "token"
+_BREAK = "\n\n"
+
 _STYLE = """
 :root { color-scheme: light dark } body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
 padding: 0 1rem } code, pre { font: 14px/1.5 ui-monospace, monospace } pre { overflow: auto; padding: .75rem;
 border: 1px solid #8886; border-radius: .5rem } section { border-top: 1px solid #8886; padding: .5rem 0 }
-h2 { font-size: 1rem } .method { display: inline-block; min-width: 4rem; font-weight: 700 }
+h2 { font-size: 1rem; overflow-wrap: anywhere } .method { display: inline-block; min-width: 4rem; font-weight: 700 }
 """
 
 
-def documented(routes: Iterable[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
-    """Give every route the one shape of errors, beside what it says of itself."""
+def documented(routes: Iterable[HTTPRouteHandler], *, has_errors: bool = True) -> list[HTTPRouteHandler]:
+    """Give every route a name, its docstring, who may use it, and the one shape of errors."""
     errors = {
         status: ResponseSpec(ErrorBody, generate_examples=False, description=text) for status, text in _ERRORS.items()
     }
     found = list(routes)
     for route in found:
-        route.responses = errors | dict(route.responses or {})
+        who = Policy(route.opt[OPT_KEY])
+        route.summary = route.handler_name.replace("_", " ").capitalize()
+        route.description = f"{inspect.getdoc(route.fn)}{_BREAK}For {_WHO[who]}."
+        if who is not Policy.PUBLIC:
+            route.security = [{_SCHEME: []}]
+        if has_errors:
+            route.responses = errors | dict(route.responses or {})
     return found
 
 
@@ -55,6 +75,9 @@ def openapi_config() -> OpenAPIConfig:
         version=version("loractl"),
         description="What the Hugging Face protocol lacks: channels with history, records, events, webhooks, quotas.",
         create_examples=False,
+        components=Components(
+            security_schemes={_SCHEME: SecurityScheme(type="http", scheme="bearer", description="A token of the hub.")}
+        ),
         render_plugins=[_Page(path="/")],
         openapi_router=Router(SCHEMA_PATH, route_handlers=[], opt=policy(Policy.PUBLIC), include_in_schema=False),
     )
@@ -79,7 +102,8 @@ class _Page(OpenAPIRenderPlugin):
         title = escape(openapi_schema["info"]["title"])
         page = (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-            f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
+            f'<meta name="viewport" content="width=device-width"><link rel="icon" href="/static/icon.svg">'
+            f"<style>{_STYLE}</style></head><body>"
             f'<h1>{title}</h1><p>The document: <a href="{SCHEMA_PATH}/openapi.json">openapi.json</a></p>'
             f"{''.join(routes)}<h1>Shapes</h1>{''.join(shapes)}</body></html>"
         )
@@ -98,8 +122,9 @@ def _route(path: str, method: str, operation: dict[str, Any]) -> str:
     )
     body = _names(operation["requestBody"]) if "requestBody" in operation else ""
     return (
-        f'<section><h2><span class="method">{escape(method.upper())}</span> <code>{escape(path)}</code></h2>'
-        f"<p>{escape(operation.get('description') or operation.get('summary', ''))}</p>"
+        f'<section><h2><span class="method">{escape(method.upper())}</span> <code>{escape(path)}</code>'
+        f" {escape(operation['summary'])}</h2>"
+        f"{''.join(f'<p>{escape(part)}</p>' for part in operation['description'].split(_BREAK))}"
         f"{f'<p>Body: {body}</p>' if body else ''}<ul>{parameters}</ul>"
         f"<details><summary>Answers</summary><ul>{statuses}</ul></details></section>"
     )
