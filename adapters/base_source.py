@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from loractl.adapters.errors import NotAllowed, NotFound, RepoNotFound, RevisionNotFound, Unreachable, UsageError
+from loractl.adapters.errors import NotFound, UsageError
+from loractl.adapters.hub_download import fetch_snapshot
 
 # What a base needs: weights in safetensors, configs, tokenizer. Pickled weights and code are never fetched.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
@@ -46,36 +47,12 @@ def _from_folder(folder: Path, *, revision: str | None) -> BaseSource:
 
 
 def _from_hub(repo_id: str, *, revision: str | None) -> BaseSource:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
+    folder = fetch_snapshot(
+        repo_id,
+        kind="model",
+        revision=revision,
+        wanted=_WANTED,
+        unwanted=_UNWANTED,
+        instead="give a folder in transformers' format, or ORG/NAME",
     )
-
-    try:
-        folder = Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
-        ).resolve()
-    except HFValidationError as error:
-        raise NotFound(f"neither a folder nor a hub repo id: {repo_id!r}", hint="write ORG/NAME or a folder") from error
-    except GatedRepoError as error:
-        raise NotAllowed(
-            f"{repo_id} is gated: its terms must be accepted first",
-            hint=f"accept them on the page of {repo_id}, then set HF_TOKEN to a token of that account",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise RevisionNotFound(f"{repo_id} has no revision {revision!r}") from error
-    except RepositoryNotFoundError as error:
-        raise RepoNotFound(
-            f"no base {repo_id}: not a folder here, and not in the hub",
-            hint="check the name; a private repo needs HF_TOKEN",
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise Unreachable(
-            f"{repo_id} is not in the local cache and the hub does not answer", hint="give a local folder, or try again"
-        ) from error
     return BaseSource(folder, repo_id, folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loractl.adapters.errors import BadData, BadRow, NotAllowed, NotFound, Unreachable, UsageError
+from loractl.adapters.errors import BadData, BadRow, NotFound, UsageError
+from loractl.adapters.hub_download import fetch_snapshot
 
 HUB_PREFIX = "hf:"
 _TRAIN_NAME = re.compile(r"(^|[/_.-])train([/_.-]|$)")
@@ -75,28 +76,14 @@ def _known_suffixes() -> str:
 
 
 def _fetch_dataset(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
-    patterns = [f"*{suffix}" for suffix in _READERS]
-    try:
-        return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision or None, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise UsageError(f"{name} is not {HUB_PREFIX}ORG/NAME", hint="add @REVISION for a branch or commit") from error
-    except GatedRepoError as error:
-        raise NotAllowed(f"{repo_id} is gated", hint="accept its terms on its page, then set HF_TOKEN") from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise NotFound(f"no dataset {name} in the hub", hint="a private one needs HF_TOKEN") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise Unreachable(f"{name} is not in the local cache and the hub does not answer") from error
+    return fetch_snapshot(
+        repo_id,
+        kind="dataset",
+        revision=revision or None,
+        wanted=[f"*{suffix}" for suffix in _READERS],
+        instead=f"give a file or a folder, or {HUB_PREFIX}ORG/NAME[@REVISION]",
+    )
 
 
 def _text_of(path: Path) -> str:
