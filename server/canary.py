@@ -3,7 +3,7 @@
 import hashlib
 from typing import Literal
 
-from loractl.hub.client import ResolvedCanary
+from loractl.hub.client_records import ResolvedCanary
 
 Track = Literal["stable", "canary"]
 

@@ -27,7 +27,7 @@ from loractl.adapters.errors import (
     UsageError,
 )
 from loractl.adapters.reference import AdapterRef, Digest, parse_reference
-from loractl.hub.client import ResolvedAdapter
+from loractl.hub.client_records import ResolvedAdapter
 from loractl.server.breaker import Breaker
 from loractl.server.canary import Track, is_chosen
 

@@ -8,7 +8,8 @@ import msgspec
 
 from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.reference import AdapterRef
-from loractl.hub.client import HubClient, ResolvedAdapter
+from loractl.hub.client import HubClient
+from loractl.hub.client_records import ResolvedAdapter
 
 
 class HubReader:

@@ -12,7 +12,8 @@ from loractl.adapters.digest import folder_digest
 from loractl.adapters.errors import Unreachable
 from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.reference import Digest, parse_reference
-from loractl.hub.client import HubClient, ResolvedAdapter, ResolvedCanary
+from loractl.hub.client import HubClient
+from loractl.hub.client_records import ResolvedAdapter, ResolvedCanary
 from loractl.server.access import Access
 from loractl.server.canary import is_chosen
 from loractl.server.fetch import AdapterSource

@@ -14,7 +14,7 @@ import pytest
 from drills import BODY, LONG, encoded, open_request, print_figures, stream, until
 from loractl.adapters.errors import RepoNotFound
 from loractl.adapters.reference import AdapterRef, Digest
-from loractl.hub.client import ResolvedAdapter
+from loractl.hub.client_records import ResolvedAdapter
 from loractl.server.fetch import FetchLimits
 
 pytestmark = pytest.mark.drill

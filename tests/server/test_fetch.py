@@ -13,7 +13,7 @@ from loractl.adapters.digest import CONFIG_FILE, WEIGHTS_FILE, adapter_digest
 from loractl.adapters.errors import BaseMismatch, Overloaded, RepoNotFound, Unreachable
 from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.reference import AdapterRef, Digest
-from loractl.hub.client import ResolvedAdapter
+from loractl.hub.client_records import ResolvedAdapter
 from loractl.server.fetch import AdapterSource, FetchLimits
 from loractl.server.hub_reader import HubReader
 

@@ -12,7 +12,7 @@ from loractl.adapters.digest import folder_digest
 from loractl.adapters.errors import RepoNotFound
 from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.reference import AdapterRef, Digest
-from loractl.hub.client import ResolvedAdapter
+from loractl.hub.client_records import ResolvedAdapter
 from loractl.server.fetch import AdapterSource, FetchLimits
 from loractl.server.hub_events import HubEvents
 from loractl.server.hub_reader import HubReader

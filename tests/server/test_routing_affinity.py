@@ -11,7 +11,7 @@ from typing import Any
 
 from drills import BODY, LONG, print_figures
 from loractl.adapters.reference import AdapterRef, Digest
-from loractl.hub.client import ResolvedAdapter
+from loractl.hub.client_records import ResolvedAdapter
 from loractl.server.fetch import FetchLimits
 
 NUM_ADAPTERS = 200
