@@ -284,6 +284,7 @@ def main() -> None:
     )
     parser.add_argument("--repos", type=int, nargs="+", default=[100, 10_000, 100_000])
     parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--database", nargs="+", choices=["sqlite", "postgres"], default=["sqlite", "postgres"])
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loractl-bench-") as folder:
         work = Path(folder)
@@ -291,8 +292,9 @@ def main() -> None:
             bench_transfer(work)
         if "repush" in chosen.only:
             bench_repush(work)
-        if "lookup" in chosen.only:
+        if "lookup" in chosen.only and "sqlite" in chosen.database:
             bench_lookup(work, kind="sqlite", url=None, sizes=chosen.repos, num_requests=chosen.requests)
+        if "lookup" in chosen.only and "postgres" in chosen.database:
             with live_postgres() as postgres:
                 url = postgres.create_database("bench")
                 bench_lookup(work, kind="postgres", url=url, sizes=chosen.repos, num_requests=chosen.requests)
