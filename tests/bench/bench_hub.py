@@ -1,6 +1,7 @@
 """Times a hub beside `cp` and `sha256sum` of the same bytes: JSON lines, ratios of one run. Run it alone.
 
 transfer   push and pull of one 100 MB adapter, by `loractl` and by the stock client, against cp + sha256sum
+parts      where the stock client's push of the same adapter spends its time
 repush     bytes that go over the wire when nothing has changed
 lookup     `resolve` under a Zipf mix and pages of `list`, over a growing number of repos
 """
@@ -12,6 +13,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -30,6 +32,7 @@ from sqlalchemy import insert
 
 from hub_process import HubProcess, hub_process
 from live_postgres import live_postgres
+from loractl.adapters.digest import file_sha256
 from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.manifest import BasePin, Manifest, save_manifest
 from loractl.adapters.reference import AdapterRef
@@ -41,6 +44,7 @@ from loractl.hub.wire import API_PREFIX
 
 _RANK, _HIDDEN, _LAYERS = 64, 4096, 12
 _ROUNDS = 5
+_ALL = ("transfer", "parts", "repush", "lookup")
 _BATCH = 2000
 
 
@@ -150,6 +154,34 @@ def _stock(hub: HubProcess, folder: Path, repo: str, *, xet: bool, work: Path) -
         env=os.environ | settings,
         stderr=subprocess.DEVNULL,
     )
+
+
+def bench_parts(work: Path) -> None:
+    """The shares of one push by the stock client: its start, its own hashing, each request, and what is left."""
+    folder = make_adapter(work / "parts", seed=7)
+    weights = folder / "adapter_model.safetensors"
+    for xet in (False, True):
+        start = seconds(lambda: subprocess.run([sys.executable, "-c", "from huggingface_hub import HfApi"], check=True))
+        hashing = seconds(lambda: file_sha256(weights))
+        with hub_process(work / f"hub-parts-{xet}") as hub:
+            begin = len(hub.text())
+            took = seconds(partial(_stock, hub, folder, "bench/parts", xet=xet, work=work))
+            requests = _requests_of(hub.text(begin))
+        inside = sum(requests.values())
+        show(bench="parts", what=f"hf push ({'xet' if xet else 'lfs'})", seconds=took, start=start / took,
+             one_hashing=hashing / took, in_requests=inside / took, rest=1 - (start + hashing + inside) / took,
+             **{name: spent / took for name, spent in requests.items() if spent / took >= 0.01})  # fmt: skip
+
+
+def _requests_of(log: str) -> dict[str, float]:
+    """Seconds by request, from the hub's own access log; sending and receiving overlap within."""
+    found: dict[str, float] = {}
+    for line in log.splitlines():
+        entry = json.loads(line) if line.startswith("{") else {}
+        if "seconds" in entry:
+            name = f"{entry['method']} {re.sub('[0-9a-f]{32,}|main', '*', entry['path'])}"
+            found[name] = found.get(name, 0.0) + entry["seconds"]
+    return found
 
 
 def bench_repush(work: Path) -> None:
@@ -279,9 +311,7 @@ def _ask(http: httpx.Client, path: str, params: dict[str, Any]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "only", nargs="*", choices=["transfer", "repush", "lookup"], default=["transfer", "repush", "lookup"]
-    )
+    parser.add_argument("only", nargs="*", choices=[*_ALL], default=[*_ALL])
     parser.add_argument("--repos", type=int, nargs="+", default=[100, 10_000, 100_000])
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--database", nargs="+", choices=["sqlite", "postgres"], default=["sqlite", "postgres"])
@@ -290,6 +320,8 @@ def main() -> None:
         work = Path(folder)
         if "transfer" in chosen.only:
             bench_transfer(work)
+        if "parts" in chosen.only:
+            bench_parts(work)
         if "repush" in chosen.only:
             bench_repush(work)
         if "lookup" in chosen.only and "sqlite" in chosen.database:
