@@ -84,7 +84,7 @@ class Bash:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd=home,
-            env=inherited | {"HOME": str(home), "COLUMNS": "140", "NO_COLOR": "1"} | environment,
+            env=inherited | {"HOME": str(home), "COLUMNS": "140", "NO_COLOR": "1"} | dict(environment),
             text=True,
         )
 
