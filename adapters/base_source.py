@@ -49,6 +49,7 @@ def _from_folder(folder: Path, *, revision: str | None) -> BaseSource:
 def _from_hub(repo_id: str, *, revision: str | None) -> BaseSource:
     folder = fetch_snapshot(
         repo_id,
+        typed=repo_id,
         kind="model",
         revision=revision,
         wanted=_WANTED,

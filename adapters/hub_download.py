@@ -9,13 +9,16 @@ from loractl.adapters.errors import NotAllowed, NotFound, RepoNotFound, Revision
 def fetch_snapshot(
     repo_id: str,
     *,
+    typed: str,
     kind: Literal["model", "dataset"],
     revision: str | None,
     wanted: list[str],
     unwanted: list[str] | None = None,
     instead: str,
 ) -> Path:
-    """The folder of a repo's files in the local cache, downloaded where they are not there; `instead` is the hint.
+    """The folder of a repo's files in the local cache, downloaded where they are not there.
+
+    `typed` is what a person wrote for it, `instead` what could be written.
 
     Raises NotFound for what is no repo id, RepoNotFound, RevisionNotFound, NotAllowed (gated) or Unreachable.
     """
@@ -36,19 +39,19 @@ def fetch_snapshot(
             )
         ).resolve()
     except HFValidationError as error:
-        raise NotFound(f"not a {kind} of a hub: {repo_id!r}", hint=instead) from error
+        raise NotFound(f"not a {kind} of a hub: {typed!r}", hint=instead) from error
     except GatedRepoError as error:
         raise NotAllowed(
-            f"{repo_id} is gated: its terms must be accepted first",
+            f"{typed} is gated: its terms must be accepted first",
             hint=f"accept them on the page of {repo_id}, then set HF_TOKEN to a token of that account",
         ) from error
     except RevisionNotFoundError as error:
-        raise RevisionNotFound(f"{repo_id} has no revision {revision!r}") from error
+        raise RevisionNotFound(f"{typed} has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
         raise RepoNotFound(
-            f"no {kind} {repo_id} in the hub", hint=f"{instead}; check the name; a private repo needs HF_TOKEN"
+            f"no {kind} {typed} in the hub", hint=f"{instead}; check the name; a private repo needs HF_TOKEN"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise Unreachable(
-            f"{repo_id} is not in the local cache and the hub does not answer", hint=f"{instead}, or try again"
+            f"{typed} is not in the local cache and the hub does not answer", hint=f"{instead}, or try again"
         ) from error

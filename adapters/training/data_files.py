@@ -79,6 +79,7 @@ def _fetch_dataset(name: str) -> Path:
     repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
     return fetch_snapshot(
         repo_id,
+        typed=name,
         kind="dataset",
         revision=revision or None,
         wanted=[f"*{suffix}" for suffix in _READERS],
