@@ -93,7 +93,7 @@ def show(*, files: tuple[str, ...], base: str, number: int, template: str | None
     last = max(index for index, learned in enumerate(example.learned) if learned)
     ends = "yes" if example.ids[last] == tokenizer.eos_token_id else "no"
     print_note(
-        f"{row.place}: {row.form}; learned {example.num_learned} of {len(example.ids)} tokens, "
+        f"{row.place}: {row.form}; learned {example.num_learned} of {example.num_tokens} tokens, "
         f"ends with stop token: {ends}"
     )
 

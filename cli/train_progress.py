@@ -35,6 +35,9 @@ class ProgressPrinter:
         if self._as_lines:
             fields = asdict(event)
             fields.pop("preview", None)  # rows are for people, not for logs
+            for name in ("reward_margin", "reward_accuracy"):  # of pairs alone
+                if name in fields and fields[name] is None:
+                    del fields[name]
             click.echo(json.dumps({"event": type(event).__name__.lower(), "run": run} | fields), err=True)
         else:
             getattr(self, f"_show_{type(event).__name__.lower()}")(run, event)
@@ -67,14 +70,17 @@ class ProgressPrinter:
 
     def _show_stepped(self, run: str, event: Any) -> None:
         self._bars.update(
-            self._tasks[run], completed=event.step, loss=f"{event.loss:.3f}", rate=f"{event.tokens_per_s:.0f}"
+            self._tasks[run],
+            completed=event.step,
+            loss=f"{event.loss:.3f}{_pair_figures(event)}",
+            rate=f"{event.tokens_per_s:.0f}",
         )
 
     def _show_evaluated(self, run: str, event: Any) -> None:
         before = self._evals.get(run)
         self._evals[run] = event.loss
         arrow = "" if before is None else ("↓" if event.loss < before else "↑")
-        self._bars.update(self._tasks[run], held_out=f"{event.loss:.4f}{arrow}")
+        self._bars.update(self._tasks[run], held_out=f"{event.loss:.4f}{arrow}{_pair_figures(event)}")
 
     def _show_saved(self, run: str, event: Any) -> None:
         self._note(f"{run}: checkpoint at step {event.step}")
@@ -91,3 +97,9 @@ class ProgressPrinter:
 
     def _show_stopped(self, run: str, event: Any) -> None:
         self._note(f"{run}: {'failed' if event.failed else 'stopped'} at step {event.step}: {event.reason}")
+
+
+def _pair_figures(event: Any) -> str:
+    if event.reward_accuracy is None:
+        return ""
+    return f" (prefers right {event.reward_accuracy:.0%}, margin {event.reward_margin:+.2f})"

@@ -48,18 +48,24 @@ def micro_batches(
 ) -> Iterator[list[Example]]:
     """Split a step's rows by length: at least `num_rows` together, more while they fit, so little is padded.
 
-    `max_rows` is a limit above both, for when memory ran out.
+    A pair counts as one row, and its two answers stay together. `max_rows` is a limit above both, for when memory ran
+    out.
     """
-    ordered = sorted(batch, key=lambda example: len(example.ids))
+    ordered = sorted(batch, key=lambda example: example.longest)
     micro: list[Example] = []
     for example in ordered:
-        is_full = len(micro) >= num_rows and (len(micro) + 1) * len(example.ids) > num_tokens
+        is_full = len(micro) >= num_rows and padded_tokens([*micro, example]) > num_tokens
         if is_full or len(micro) == max_rows:
             yield micro
             micro = []
         micro.append(example)
     if micro:
         yield micro
+
+
+def padded_tokens(micro: Sequence[Example]) -> int:
+    """Count the tokens that go through the model for rows in the order of their lengths, padding included."""
+    return sum(len(example.sequences) for example in micro) * micro[-1].longest
 
 
 def collate(batch: Sequence[Example], device: "torch.device") -> Tensors:

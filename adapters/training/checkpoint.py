@@ -167,7 +167,7 @@ def gather_facts(recipe: Recipe, *, base_fingerprint: str, examples: Sequence[Se
     """Hash the examples in their order, and each data file, so that a change can be named."""
     digest = hashlib.sha256()
     for part in examples:
-        for example in part:
+        for example in (one for row in part for one in row.sequences):
             digest.update(f"{example.ids} {[int(flag) for flag in example.learned]}\n".encode())
         digest.update(b"\n")
     names = [str(path) for name in (*recipe.data.files, *recipe.data.eval_files) for path in data_files(name)]

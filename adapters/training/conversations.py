@@ -30,13 +30,13 @@ class BadConversation(Exception):
         self.message, self.key, self.hint = message, key, hint
 
 
-def checked_messages(messages: Any) -> list[dict[str, Any]]:
+def checked_messages(messages: Any, *, key: str = "messages", needs_answer: bool = True) -> list[dict[str, Any]]:
     """Return OpenAI's messages as a template takes them; raises BadConversation naming the message."""
     if not isinstance(messages, list) or not messages:
-        raise BadConversation("messages is not a list of messages", key="messages")
-    turns = [_turn(f"messages[{number}]", message) for number, message in enumerate(messages)]
-    if not any(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in turns):
-        raise BadConversation("no assistant message, so nothing to learn", key="messages")
+        raise BadConversation(f"{key} is not a list of messages", key=key)
+    turns = [_turn(f"{key}[{number}]", message) for number, message in enumerate(messages)]
+    if needs_answer and not any(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in turns):
+        raise BadConversation("no assistant message, so nothing to learn", key=key)
     return turns
 
 

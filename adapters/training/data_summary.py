@@ -9,7 +9,7 @@ from loractl.adapters.training.rows import Row, row_digest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSummary:
-    """Rows and tokens of the data as read; lengths are of the rows that are kept."""
+    """Rows and tokens of the data as read; lengths are of the rows that are kept, of a pair the longer answer's."""
 
     form: str
     num_rows: int
@@ -33,7 +33,8 @@ class DataSummary:
 
     def sentence(self) -> str:
         """Say it in one line."""
-        parts = [f"{self.num_rows:,} rows {self.form}", f"{self.num_eval_rows:,} held out"]
+        what = "pairs" if self.form == "preference" else f"rows {self.form}"
+        parts = [f"{self.num_rows:,} {what}", f"{self.num_eval_rows:,} held out"]
         if self.num_duplicates:
             parts.append(f"{self.num_duplicates:,} duplicates")
         if self.num_overlong:
@@ -46,7 +47,7 @@ class DataSummary:
 
 def summarize(rows: Sequence[Row], prepared: Prepared, *, train: Sequence[Example], num_eval_rows: int) -> DataSummary:
     """Count what was read, what is left of it, and what is learned."""
-    lengths = sorted(len(example.ids) for example in prepared.examples)
+    lengths = sorted(example.longest for example in prepared.examples)
     return DataSummary(
         form=rows[0].form,
         num_rows=len(train),
@@ -57,7 +58,7 @@ def summarize(rows: Sequence[Row], prepared: Prepared, *, train: Sequence[Exampl
         tokens_p50=lengths[len(lengths) // 2],
         tokens_p95=lengths[int(len(lengths) * 0.95)],
         tokens_max=lengths[-1],
-        num_tokens=sum(len(example.ids) for example in train),
+        num_tokens=sum(example.num_tokens for example in train),
         num_learned_tokens=sum(example.num_learned for example in train),
     )
 

@@ -31,7 +31,7 @@ class World:
         """Take this process's rows of a batch: every size-th by length, so that all have as much to do."""
         if self.size == 1:
             return list(batch)
-        return sorted(batch, key=lambda example: len(example.ids))[self.rank :: self.size]
+        return sorted(batch, key=lambda example: example.longest)[self.rank :: self.size]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Add numbers over the processes."""

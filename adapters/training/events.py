@@ -20,21 +20,27 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stepped:
-    """One optimizer step is done; `loss` is per learned token over the whole step."""
+    """One optimizer step is done; `loss` is per learned token over the whole step, or per pair."""
 
     step: int
     num_steps: int
     loss: float
     learning_rate: float
     tokens_per_s: float
+    reward_margin: float | None = None
+    """Of pairs: by how much chosen answers were rewarded above rejected ones."""
+    reward_accuracy: float | None = None
+    """Of pairs: the share whose chosen answer had the higher reward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """Mean loss per learned token over the held-out rows, in eval mode."""
+    """Mean loss per learned token, or per pair, over the held-out rows, in eval mode."""
 
     step: int
     loss: float
+    reward_margin: float | None = None
+    reward_accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

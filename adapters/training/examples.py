@@ -31,10 +31,25 @@ class Example:
 
     ids: tuple[int, ...]
     learned: tuple[bool, ...]
+    rejected: "Example | None" = None
+    """The answer to the same prompt that this one is preferred to, where the row is a pair."""
+
+    @property
+    def sequences(self) -> tuple["Example", ...]:
+        """What goes through the model for this row."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
     @property
     def num_learned(self) -> int:
-        return sum(self.learned)
+        return sum(sum(one.learned) for one in self.sequences)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(one.ids) for one in self.sequences)
+
+    @property
+    def longest(self) -> int:
+        return max(len(one.ids) for one in self.sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +74,7 @@ def prepare_examples(rows: Sequence[Row], tokenizer: Any, data: DataPart, *, max
     """Tokenize rows and apply `data.overlong`; raises BadRow where nothing would be learned, BadData for all rows."""
     if tokenizer.eos_token_id is None:
         raise BadData("this base's tokenizer has no end-of-text token, so an answer could never end")
-    if rows and "messages" in rows[0].fields and not tokenizer.chat_template:
+    if rows and _is_conversation(rows[0]) and not tokenizer.chat_template:
         raise BadData(
             "the rows are conversations, but this base has no chat template", hint="use prompt and completion"
         )
@@ -67,31 +82,40 @@ def prepare_examples(rows: Sequence[Row], tokenizer: Any, data: DataPart, *, max
     overlong: list[tuple[Example, Row]] = []
     for row in rows:
         example = make_example(row, tokenizer, data)
-        (kept if len(example.ids) <= max_tokens else overlong).append((example, row))
+        (kept if example.longest <= max_tokens else overlong).append((example, row))
     _check_overlong(overlong, len(rows), data, max_tokens=max_tokens)
-    num_lost = sum(len(example.ids) for example, _ in overlong)
+    num_lost = sum(example.num_tokens for example, _ in overlong)
     if data.overlong == "truncate":
-        cut = [
-            (Example(example.ids[:max_tokens], example.learned[:max_tokens]), row)
-            for example, row in overlong
-            if any(example.learned[1:max_tokens])
-        ]
+        cut = [(short, row) for example, row in overlong if (short := _cut(example, max_tokens)) is not None]
         kept += cut
-        num_lost -= sum(len(example.ids) for example, _ in cut)
+        num_lost -= sum(example.num_tokens for example, _ in cut)
     if not kept:
         raise BadData(f"every row is longer than data.max_tokens={max_tokens}", hint="raise data.max_tokens")
-    longest = max(len(example.ids) for example, _ in [*kept, *overlong])
+    longest = max(example.longest for example, _ in [*kept, *overlong])
     return Prepared([one for one, _ in kept], [row for _, row in kept], len(overlong), num_lost, longest)
+
+
+def _is_conversation(row: Row) -> bool:
+    return "messages" in row.fields or isinstance(row.fields.get("prompt"), list)
+
+
+def _cut(example: Example, max_tokens: int) -> Example | None:
+    """Cut the end off; None where nothing that is learned would be left, or two answers would be one."""
+    if not all(any(one.learned[1:max_tokens]) for one in example.sequences):
+        return None
+    rejected = _cut(example.rejected, max_tokens) if example.rejected else None
+    short = Example(example.ids[:max_tokens], example.learned[:max_tokens], rejected)
+    return None if rejected and rejected.ids == short.ids else short
 
 
 def _check_overlong(overlong: Sequence[tuple[Example, Row]], num_rows: int, data: DataPart, *, max_tokens: int) -> None:
     allowed = _FEW_OVERLONG * num_rows if data.overlong == "auto" else 0
     if data.overlong in {"auto", "error"} and len(overlong) > allowed:
-        example, row = max(overlong, key=lambda one: len(one[0].ids))
+        example, row = max(overlong, key=lambda one: one[0].longest)
         raise BadData(
             f"{len(overlong)} of {num_rows} rows are longer than {max_tokens} tokens; the longest, {row.place}, "
-            f"has {len(example.ids)}",
-            hint=f"--set data.max_tokens={len(example.ids)} takes all; --set data.overlong=drop leaves them out; "
+            f"has {example.longest}",
+            hint=f"--set data.max_tokens={example.longest} takes all; --set data.overlong=drop leaves them out; "
             "data.overlong=truncate cuts their ends",
         )
 
@@ -99,24 +123,44 @@ def _check_overlong(overlong: Sequence[tuple[Example, Row]], num_rows: int, data
 def make_example(row: Row, tokenizer: Any, data: DataPart) -> Example:
     """Tokenize one row; raises BadRow where nothing would be learned."""
     fields = row.fields
+    if row.form == "preference":
+        rejected, chosen = (_answer_example(row, name, tokenizer, data) for name in ("rejected", "chosen"))
+        return Example(chosen.ids, chosen.learned, rejected)
     if row.form == "alpaca" and tokenizer.chat_template:
         ids, learned = _chat_tokens(row.place, {"messages": _alpaca_messages(fields)}, tokenizer, data)
     elif "messages" in fields:
         ids, learned = _chat_tokens(row.place, fields, tokenizer, data)
     else:
         ids, learned = _text_tokens(*_prompt_and_answer(row, data.template), tokenizer)
+    return _checked_example(row.place, ids, learned)
+
+
+def _answer_example(row: Row, name: str, tokenizer: Any, data: DataPart) -> Example:
+    """One answer of a pair after the prompt, whose own answers are not learned."""
+    prompt, answer = row.fields["prompt"], row.fields[name]
+    if isinstance(answer, str):
+        return _checked_example(row.place, *_text_tokens(prompt, answer, tokenizer))
+    messages = [*({**message, "weight": 0} for message in prompt), *answer]
+    fields = {"messages": messages, "tools": row.fields.get("tools")}
+    return _checked_example(row.place, *_chat_tokens(row.place, fields, tokenizer, data))
+
+
+def _checked_example(place: str, ids: list[int], learned: list[bool]) -> Example:
     learned[0] = False  # nothing comes before it
     if not any(learned):
-        raise BadRow(f"{row.place}: no token would be learned from this row")
+        raise BadRow(f"{place}: no token would be learned from this row")
     return Example(tuple(ids), tuple(learned))
 
 
 def marked_text(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     """Return an example's text in pieces, each learned or not, special tokens written out."""
-    pieces = []
+    pieces: list[tuple[str, bool]] = []
     for learned, group in itertools.groupby(zip(example.ids, example.learned, strict=True), key=lambda pair: pair[1]):
         text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
         pieces.append((str(text), learned))
+    if example.rejected is not None:
+        answer = itertools.dropwhile(lambda piece: not piece[1], marked_text(example.rejected, tokenizer))
+        pieces += [("\nand not: ", False), *answer]
     return pieces
 
 

@@ -32,6 +32,8 @@ def check_groupable(members: Sequence[Member]) -> None:
     """Raise Unsupported naming the first member that only a pass of its own can train."""
     for member in members:
         part = member.recipe.adapter
+        if member.reference is not None:
+            raise Unsupported(f"{member.recipe.out}: pairs (DPO) cannot share a forward pass", hint="without --grouped")
         if part.dora or part.init in {"pissa", "olora"}:
             what = "dora" if part.dora else f"init={part.init}"
             raise Unsupported(

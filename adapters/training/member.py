@@ -21,6 +21,7 @@ from loractl.adapters.training.events import Evaluated, Listener, Shrunk, Steppe
 from loractl.adapters.training.examples import Example
 from loractl.adapters.training.loss import summed_loss
 from loractl.adapters.training.optimizers import make_optimizer, set_rate
+from loractl.adapters.training.preference import Reference, evaluate_pairs, pair_sums
 from loractl.adapters.training.rate import rate_at
 from loractl.adapters.training.recipe import Recipe
 from loractl.adapters.training.trunk import Trunk, random_state, set_random_state
@@ -37,10 +38,15 @@ class State(msgspec.Struct, kw_only=True):
     num_micro: int = 0
     """Micro-batches of the next step whose gradients are already summed."""
     partial_loss: float = 0.0
+    partial_rewards: float = 0.0
+    partial_right: float = 0.0
+    """The latter two of pairs alone."""
     max_rows: int | None = None
     """Most rows at a time, once memory ran out."""
     curve: list[tuple[int, float]] = []
     evals: list[tuple[int, float]] = []
+    pair_evals: list[tuple[int, float, float]] = []
+    """Step, reward margin and reward accuracy of each evaluation of pairs."""
     best_step: int | None = None
     num_worse: int = 0
     finished: bool = False
@@ -81,6 +87,10 @@ class Member:
             raise TypeError("the rate of a run is resolved before it starts")
         self.rate = float(rate)
         self.optimizer = make_optimizer(trunk.model, self.tensors, recipe.train, rate=self.rate)
+        self.reference: Reference | None = None
+        if train[0].rejected is not None:
+            goes_on = recipe.adapter.start_from is not None
+            self.reference = Reference(trunk, name, self.tensors, is_adapter=goes_on)
 
     @property
     def eval_every(self) -> int:
@@ -104,7 +114,7 @@ class Member:
                 self.step_rng = random_state(self.trunk.device)
             while True:
                 try:
-                    whole = self._accumulate(self.world.share(batch), learned_tokens(batch), should_stop)
+                    whole = self._accumulate(batch, should_stop)
                     break
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                     if not _is_out_of_memory(error):
@@ -118,14 +128,15 @@ class Member:
         self.finish_step(loss, batch, start=start)
         return True
 
-    def _accumulate(self, rows: Sequence[Example], num_learned: int, should_stop: Callable[[], bool]) -> bool:
+    def _accumulate(self, batch: Sequence[Example], should_stop: Callable[[], bool]) -> bool:
+        rows = self.world.share(batch)
         limit = self.state.max_rows
         wanted = self.recipe.train.batch_size
         micros = list(micro_batches(rows, num_rows=wanted, num_tokens=MICRO_BATCH_TOKENS, max_rows=limit))
         for number, micro in enumerate(micros):
             if number < self.state.num_micro:
                 continue
-            part = summed_loss(self.trunk.model, micro) / num_learned
+            part = self._loss(micro, batch)
             part.backward()  # type: ignore[no-untyped-call]
             self.state.partial_loss += part.item()
             self.state.num_micro = number + 1
@@ -133,6 +144,17 @@ class Member:
             if self.world.size == 1 and number + 1 < len(micros) and should_stop():
                 return False
         return True
+
+    def _loss(self, micro: Sequence[Example], batch: Sequence[Example]) -> torch.Tensor:
+        """The part of the step's loss that some of its rows make."""
+        if self.reference is None:
+            return summed_loss(self.trunk.model, micro) / learned_tokens(batch)
+        part = self.recipe.preference
+        sft_scale = part.sft_weight * len(batch) / learned_tokens(batch)
+        sums = pair_sums(self.trunk, micro, self.reference, part, sft_scale=sft_scale)
+        self.state.partial_rewards += sums.rewards
+        self.state.partial_right += sums.num_right
+        return sums.loss / len(batch)
 
     def finish_step(self, loss: float, batch: Sequence[Example], *, start: float) -> None:
         """Turn the summed gradients into an optimizer step; raises Diverged before it would spoil the weights."""
@@ -143,11 +165,13 @@ class Member:
         rate = set_rate(self.optimizer, share)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        margin, accuracy = self._pair_figures(len(batch))
         state.step, state.num_micro, state.partial_loss = state.step + 1, 0, 0.0
+        state.partial_rewards = state.partial_right = 0.0
         state.curve.append((state.step, round(loss, 6)))
         seconds = time.perf_counter() - start
         state.seconds += seconds
-        num_tokens = sum(len(example.ids) for example in batch)
+        num_tokens = sum(example.num_tokens for example in batch)
         self.listener(
             Stepped(
                 step=state.step,
@@ -155,11 +179,19 @@ class Member:
                 loss=loss,
                 learning_rate=rate,
                 tokens_per_s=num_tokens / seconds,
+                reward_margin=margin,
+                reward_accuracy=accuracy,
             )
         )
         state.finished = state.step >= self.num_steps
         if self._held_out and (state.finished or (self.eval_every and state.step % self.eval_every == 0)):
             self._evaluate()
+
+    def _pair_figures(self, num_pairs: int) -> tuple[float, float] | tuple[None, None]:
+        if self.reference is None:
+            return None, None
+        rewards, num_right = self.world.sum([self.state.partial_rewards, self.state.partial_right])
+        return rewards / num_pairs, num_right / num_pairs
 
     def use_best(self) -> None:
         """Go back to the weights of the best evaluation, where they are not the last ones."""
@@ -181,11 +213,18 @@ class Member:
         state, patience = self.state, self.recipe.train.patience
         start = time.perf_counter()
         with self.trunk.as_served(self.name):
-            loss = evaluate(self.trunk.model, self._held_out, world=self.world)
+            margin: float | None = None
+            accuracy: float | None = None
+            if self.reference is None:
+                loss = evaluate(self.trunk.model, self._held_out, world=self.world)
+            else:
+                part = self.recipe.preference
+                loss, margin, accuracy = evaluate_pairs(self.trunk, self._held_out, self.reference, part, self.world)
+                state.pair_evals.append((state.step, round(margin, 6), round(accuracy, 6)))
         self.trunk.activate(self.name, recompute=self.recompute)
         state.seconds += time.perf_counter() - start
         state.evals.append((state.step, round(loss, 6)))
-        self.listener(Evaluated(step=state.step, loss=loss))
+        self.listener(Evaluated(step=state.step, loss=loss, reward_margin=margin, reward_accuracy=accuracy))
         if all(loss < other or step == state.step for step, other in state.evals):
             state.best_step, state.num_worse = state.step, 0
             if self.eval_every:
@@ -215,11 +254,12 @@ class Member:
         tried = self.state.max_rows or self._most_rows(self.world.share(batch))
         if tried == 1:
             raise WillNotFit(
-                f"one row of {max(len(example.ids) for example in batch)} tokens does not fit in memory",
+                f"one row of {max(example.longest for example in batch)} tokens does not fit in memory",
                 hint="--set train.checkpoint_activations=true, a smaller data.max_tokens, or --quantize nf4",
             )
         self.optimizer.zero_grad(set_to_none=True)
         self.state.num_micro, self.state.partial_loss, self.state.max_rows = 0, 0.0, tried // 2
+        self.state.partial_rewards = self.state.partial_right = 0.0
         set_random_state(self.step_rng, self.trunk.device)
         if self.trunk.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -244,9 +284,12 @@ def member_facts(member: Member) -> dict[str, Any]:
     state = member.state
     facts: dict[str, Any] = {"train_seconds": round(state.seconds, 3), "train_loss": state.curve[-1][1]}
     if state.evals:
-        best = dict(state.evals).get(state.best_step or -1)
-        last = state.evals[-1][1]
-        facts["eval_loss"] = best if member.recipe.train.keep_best and member.best and best is not None else last
+        kept = state.best_step if member.recipe.train.keep_best and member.best else None
+        step = kept if kept is not None else state.evals[-1][0]
+        facts["eval_loss"] = dict(state.evals)[step]
+        for at, margin, accuracy in state.pair_evals:
+            if at == step:
+                facts |= {"eval_reward_margin": margin, "eval_reward_accuracy": accuracy}
         if member.best and state.best_step is not None:
             facts["best_step"] = state.best_step
     return facts

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.adapters.base_loading import pick_dtype, quiet_libraries, teach_layout
-from loractl.adapters.training.batches import MICRO_BATCH_TOKENS, micro_batches, num_steps, step_rows
+from loractl.adapters.training.batches import MICRO_BATCH_TOKENS, micro_batches, num_steps, padded_tokens, step_rows
 from loractl.adapters.training.data_summary import DataSummary
 from loractl.adapters.training.examples import Example
 from loractl.adapters.training.loss import CHUNK_POSITIONS
@@ -91,8 +91,8 @@ def make_plan(recipe: Recipe) -> Plan:
     width = dtype.itemsize
     linear, other, num_adapter, num_modules = _count(model)
     micros = _micro_batches(inputs.train, recipe)
-    largest = max(micros, key=lambda micro: len(micro) * len(micro[-1].ids) ** 1.2)
-    num_rows, num_tokens = len(largest), max(len(example.ids) for example in largest)
+    largest = max(micros, key=lambda micro: padded_tokens(micro) * micro[-1].longest ** 0.2)
+    num_rows, num_tokens = sum(len(row.sequences) for row in largest), largest[-1].longest
     recompute = bool(recipe.train.checkpoint_activations)
     activations = _activation_bytes(model, num_rows=num_rows, num_tokens=num_tokens, recompute=recompute)
     num_learned = max(sum(example.num_learned for example in micro) for micro in micros)
@@ -121,7 +121,7 @@ def make_plan(recipe: Recipe) -> Plan:
         epochs=recipe.train.epochs,
         num_steps=num_steps(len(inputs.train), recipe.train),
         rows_per_step=recipe.train.batch_size * recipe.train.accumulation,
-        num_padded_tokens=sum(len(micro) * len(micro[-1].ids) for micro in micros),
+        num_padded_tokens=sum(padded_tokens(micro) for micro in micros),
         memory=Memory(
             base=base, adapter=num_adapter * _ADAM_BYTES, activations=activations, loss=loss, runtime=runtime
         ),
@@ -137,25 +137,31 @@ def probe_seconds(recipe: Recipe, plan: Plan) -> float:
 
     from loractl.adapters.base_loading import load_base_model
     from loractl.adapters.training.loss import summed_loss
+    from loractl.adapters.training.preference import Reference, pair_sums
     from loractl.adapters.training.trunk import Trunk
 
     recipe = resolve_numbers(recipe)
     inputs: Inputs = prepare(recipe)
-    rows = sorted(inputs.train, key=lambda example: len(example.ids))[-2:]
+    rows = sorted(inputs.train, key=lambda example: example.longest)[-2:]
     trunk = Trunk(load_base_model(inputs.folder, quantization=recipe.quantize, dtype=recipe.dtype))
     trunk.attach("default", recipe, revision=None, examples=inputs.train, fresh=True)
     trunk.ready(quantize=recipe.quantize, expand_int8=recipe.train.expand_int8 is not False)
     trunk.activate("default", recompute=bool(recipe.train.checkpoint_activations))
+    reference = Reference(trunk, "default", [], is_adapter=False) if rows[0].rejected else None
     seconds = 0.0
     for _ in range(2):  # the first pass also compiles
         start = time.perf_counter()
-        summed_loss(trunk.model, rows).backward()  # type: ignore[no-untyped-call]
+        if reference is None:
+            loss = summed_loss(trunk.model, rows)
+        else:
+            loss = pair_sums(trunk, rows, reference, recipe.preference).loss
+        loss.backward()  # type: ignore[no-untyped-call]
         if trunk.device.type == "cuda":
             import torch
 
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    return seconds / (len(rows) * len(rows[-1].ids)) * plan.num_padded_tokens
+    return seconds / padded_tokens(rows) * plan.num_padded_tokens
 
 
 def _empty_model(folder: Path, recipe: Recipe, *, dtype: Any, device: str) -> tuple[Any, list[str]]:

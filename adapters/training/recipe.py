@@ -85,6 +85,17 @@ class DataPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Rows to hold out instead of a share."""
 
 
+class PreferencePart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How pairs of answers are learned: by DPO against the model that the run began with; other rows ignore it."""
+
+    beta: float = 0.1
+    """How dearly the model pays for leaving what it began as; less lets it go farther."""
+    label_smoothing: float = 0.0
+    """Share of the pairs that are taken to be the wrong way round (conservative DPO)."""
+    sft_weight: float = 0.0
+    """Weight of the chosen answers' own loss per token beside it (RPO's alpha)."""
+
+
 class Recipe(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """All settings of one run."""
 
@@ -95,6 +106,7 @@ class Recipe(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     adapter: AdapterPart = msgspec.field(default_factory=AdapterPart)
     train: TrainPart = msgspec.field(default_factory=TrainPart)
     data: DataPart = msgspec.field(default_factory=DataPart)
+    preference: PreferencePart = msgspec.field(default_factory=PreferencePart)
 
 
 def resolve_recipe(*, preset: str | None, file: Path | None, settings: Mapping[str, Any]) -> Recipe:
@@ -111,7 +123,7 @@ def resolve_recipe(*, preset: str | None, file: Path | None, settings: Mapping[s
     for key, value in settings.items():
         _merge(merged, _nested(key, value))
     _check_keys(merged)
-    for part in ("adapter", "train"):
+    for part in ("adapter", "train", "preference"):
         for key, value in merged.get(part, {}).items():
             if isinstance(value, str) and _EXPONENT.match(value):
                 merged[part][key] = float(value)  # YAML 1.1 takes 1e-4 for text, people do not
@@ -200,7 +212,7 @@ def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
 
 
 def _check_keys(merged: Mapping[str, Any]) -> None:
-    parts = {"adapter": AdapterPart, "train": TrainPart, "data": DataPart}
+    parts = {"adapter": AdapterPart, "train": TrainPart, "data": DataPart, "preference": PreferencePart}
     for key, value in merged.items():
         _check_key(key, Recipe.__struct_fields__, prefix="")
         if key in parts:
@@ -232,6 +244,9 @@ def _check_values(recipe: Recipe) -> None:
         ("train.warmup", recipe.train.warmup, 0, 1),
         ("data.max_tokens", 8 if recipe.data.max_tokens == "auto" else recipe.data.max_tokens, 8, 1 << 20),
         ("data.eval_share", recipe.data.eval_share, 0, 0.5),
+        ("preference.beta", recipe.preference.beta, 1e-6, 100),
+        ("preference.label_smoothing", recipe.preference.label_smoothing, 0, 0.5),
+        ("preference.sft_weight", recipe.preference.sft_weight, 0, 100),
     )
     for key, value, low, high in limits:
         if not low <= value <= high:

@@ -16,9 +16,11 @@ from loractl.adapters.training.conversations import (
     messages_of_turns,
 )
 from loractl.adapters.training.data_files import Record, data_files, read_records
+from loractl.adapters.training.pairs import ANSWERS, checked_pair
 
 # A form is named after its columns where they are the person's own, as in a template of {question} and {answer}.
 _NEEDED: Mapping[str, tuple[str, ...]] = {
+    "preference": ANSWERS,
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
@@ -28,6 +30,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 _OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "preference": ("prompt", "tools"),
     "messages": ("tools",),
     "sharegpt": ("system", "tools"),
     "alpaca": ("input", "system"),
@@ -39,7 +42,8 @@ _CONVERSATION_KEYS = ("conversation_id", "conversation")
 class Row:
     """One row in a known form; `place` is `file:line` for messages to people.
 
-    `fields` are `messages` (and `tools`), `prompt` and `completion`, `text`, Alpaca's own, or a template's columns.
+    `fields` are `messages` (and `tools`), `prompt` and `completion`, `text`, Alpaca's own, a template's columns, or
+    `prompt`, `chosen` and `rejected`, all texts or all messages.
     `conversation` is equal for rows that must stay together when some are held out.
     """
 
@@ -99,9 +103,9 @@ def _checked(record: Record, forms: Mapping[str, tuple[str, ...]], *, began_with
         raise _columns_missing(record, {"text+label": forms["text+label"]})  # a misspelt label is no plain text
     fields = {name: value[name] for name in forms[form]}
     fields |= {name: value[name] for name in _OPTIONAL.get(form, ()) if value.get(name)}
-    if form in {"messages", "sharegpt"}:
+    if form in {"messages", "sharegpt", "preference"}:
         try:
-            fields = _conversation(fields)
+            fields = checked_pair(fields) if form == "preference" else _conversation(fields)
         except BadConversation as error:
             raise BadRow(
                 f"{record.at(error.key)}: {error.message}", hint=error.hint or f"the row: {record.shown()}"
@@ -121,6 +125,8 @@ def _has(value: Mapping[str, Any], needed: Sequence[str]) -> bool:
 def _columns_missing(record: Record, forms: Mapping[str, tuple[str, ...]]) -> BadRow:
     """Name the column that the row lacks of the form it is nearest to, or all that there could be."""
     value: Mapping[str, Any] = record.value
+    if "preference" in forms and any(name in value for name in ANSWERS):
+        forms = {"preference": ANSWERS}
     keys = [key for key in value if isinstance(key, str)]
     for needed in sorted(forms.values(), key=lambda needed: -sum(name in value for name in needed)):
         for name in needed:
@@ -175,8 +181,9 @@ def _check_texts(record: Record, fields: Mapping[str, Any]) -> None:
 
 def _beginning(fields: Mapping[str, Any]) -> str:
     """How a row begins: rows of one conversation, each a turn longer, begin alike."""
-    if "messages" in fields:
-        first = next((one["content"] for one in fields["messages"] if one["role"] == "user"), "")
-        system = next((one["content"] for one in fields["messages"] if one["role"] == "system"), "")
+    messages = fields.get("messages") or (fields.get("prompt") if isinstance(fields.get("prompt"), list) else None)
+    if messages:
+        first = next((one["content"] for one in messages if one["role"] == "user"), "")
+        system = next((one["content"] for one in messages if one["role"] == "system"), "")
         return f"{system}\n{first}"
     return str(fields.get("prompt") or fields.get("text") or f"{fields.get('instruction')}\n{fields.get('input')}")

@@ -12,7 +12,7 @@ import msgspec
 from loractl.adapters.base_identity import BaseIdentity, base_window, identify_base
 from loractl.adapters.base_source import resolve_base
 from loractl.adapters.digest import folder_digest
-from loractl.adapters.errors import BadRecipe, Incompatible, LoractlError, UsageError
+from loractl.adapters.errors import BadData, BadRecipe, Incompatible, LoractlError, UsageError
 from loractl.adapters.manifest import DataRecord, Manifest
 from loractl.adapters.reference import Digest
 from loractl.adapters.training.checkpoint import (
@@ -90,6 +90,8 @@ def prepare(recipe: Recipe) -> Inputs:
     prepared = prepare_examples(rows, tokenizer, recipe.data, max_tokens=int(recipe.data.max_tokens))
     if recipe.data.eval_files:
         eval_rows = read_all_rows(recipe.data.eval_files, columns=columns)
+        if (eval_rows[0].form == "preference") != (rows[0].form == "preference"):
+            raise BadData(f"data.eval_files hold {eval_rows[0].form} rows, data.files {rows[0].form} rows")
         held_out = prepare_examples(eval_rows, tokenizer, recipe.data, max_tokens=int(recipe.data.max_tokens)).examples
         train = prepared.examples
     else:

@@ -63,6 +63,7 @@ def card(manifest: Manifest) -> str:
         f"- rank {manifest.rank} on {', '.join(manifest.targets)}",
         f"- {manifest.num_trainable_parameters:,} parameters" if manifest.num_trainable_parameters else "",
         f"- data {data.digest[:19]}, {data.num_rows} rows, {data.num_supervised_tokens} learned tokens" if data else "",
+        _preference_fact(manifest),
         *(f"- {name} {value:g}" for name, value in manifest.metrics.items()),
     ]
     front = {
@@ -76,6 +77,15 @@ def card(manifest: Manifest) -> str:
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items() if value)
     pin = f"Base `{base.id}`, fingerprint `{base.fingerprint}`, held in {base.quantization}." if base else ""
     return f"---\n{head}\n---\n\n# LoRA adapter\n\n{pin}\n\n" + "\n".join(fact for fact in facts if fact) + "\n"
+
+
+def _preference_fact(manifest: Manifest) -> str:
+    if manifest.task != "preference":
+        return ""
+    part = manifest.recipe.get("preference") or {}
+    against = f"adapter `{manifest.parent[:19]}`" if manifest.parent else "the base without adapter"
+    settings = ", ".join(f"{name} {value:g}" for name, value in part.items() if value)
+    return f"- direct preference optimization on pairs of answers against {against}: {settings}"
 
 
 def _subtract_start(folder: Path, start: Mapping[str, Any]) -> None:

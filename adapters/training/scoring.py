@@ -37,7 +37,7 @@ class Score:
     exact_match: float
     """Share of the rows whose whole answer, stop token included, greedy decoding would write."""
     accuracy: float | None
-    """Share of the rows whose right label or choice is the likeliest of all."""
+    """Share of the rows whose right label, choice or preferred answer is the likeliest of all."""
     num_rows: int
 
 
@@ -113,22 +113,17 @@ class Scorer:
 
     def _hits(self, rows: Sequence[Row], tokenizer: Any, data: DataPart) -> dict[str, int]:
         """Count rows whose right candidate is the likeliest; nothing where there are no candidates."""
-        candidates = [_candidates(row, rows) for row in rows]
+        candidates = [_candidates(row, rows, tokenizer, data) for row in rows]
         if not all(candidates):
             return {}
-        examples = [
-            make_example(replace(row, fields={**row.fields, _answer_key(row): answer}), tokenizer, data)
-            for row, answers in zip(rows, candidates, strict=True)
-            for answer in answers
-        ]
-        found = self._measure(examples)
+        found = self._measure([example for own in candidates for example, _ in own])
         hits = dict.fromkeys(self.names, 0)
         for name in self.names:
             position = 0
-            for row, answers in zip(rows, candidates, strict=True):
-                nats = [one.nats for one in found[name][position : position + len(answers)]]
-                position += len(answers)
-                hits[name] += answers[nats.index(min(nats))] == row.fields[_answer_key(row)]
+            for own in candidates:
+                nats = [one.nats for one in found[name][position : position + len(own)]]
+                position += len(own)
+                hits[name] += own[nats.index(min(nats))][1]
         return hits
 
     def _measure(self, examples: Sequence[Example]) -> dict[str, list[_Found]]:
@@ -194,7 +189,18 @@ def _answer_key(row: Row) -> str:
     return "completion" if "completion" in row.fields else row.form.rpartition("+")[2]
 
 
-def _candidates(row: Row, rows: Sequence[Row]) -> list[str]:
+def _candidates(row: Row, rows: Sequence[Row], tokenizer: Any, data: DataPart) -> list[tuple[Example, bool]]:
+    """The examples that are compared, and which of them is right."""
+    if row.form == "preference":
+        return [(one, number == 0) for number, one in enumerate(make_example(row, tokenizer, data).sequences)]
+    key = _answer_key(row)
+    return [
+        (make_example(replace(row, fields={**row.fields, key: answer}), tokenizer, data), answer == row.fields[key])
+        for answer in _candidate_answers(row, rows)
+    ]
+
+
+def _candidate_answers(row: Row, rows: Sequence[Row]) -> list[str]:
     """The answers that are compared: the row's own choices, or all labels of the data where they are few."""
     if "choices" in row.fields:
         return list(row.fields["choices"])

@@ -14,13 +14,12 @@ Tracker = Callable[[str, Progress], None]
 
 def figures(event: Progress) -> tuple[int, dict[str, float]] | None:
     """Return an event's step and figures, None for an event that has none."""
-    if isinstance(event, Stepped):
-        return event.step, {
-            "train/loss": event.loss,
-            "train/learning_rate": event.learning_rate,
-            "train/tokens_per_s": event.tokens_per_s,
-        }
-    return (event.step, {"eval/loss": event.loss}) if isinstance(event, Evaluated) else None
+    if not isinstance(event, Stepped | Evaluated):
+        return None
+    side = "train" if isinstance(event, Stepped) else "eval"
+    names = ("loss", "learning_rate", "tokens_per_s", "reward_margin", "reward_accuracy")
+    found = {f"{side}/{name}": getattr(event, name, None) for name in names}
+    return event.step, {name: value for name, value in found.items() if value is not None}
 
 
 @contextmanager

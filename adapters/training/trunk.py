@@ -106,6 +106,15 @@ class Trunk:
                 parameter.requires_grad_(False)
 
     @contextmanager
+    def without_adapter(self, name: str) -> Iterator[None]:
+        """Compute with the base alone while `name` is the active one."""
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            self._activate_all([name])  # PEFT lets a frozen twin learn when it switches adapters on again
+
+    @contextmanager
     def as_served(self, name: str) -> Iterator[None]:
         """Compute in eval mode, in the arithmetic that serves, with one adapter active."""
         self.activate(name)

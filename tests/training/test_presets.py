@@ -8,8 +8,8 @@ from loractl.adapters.training.recipe import preset_names, preset_text, resolve_
 from loractl.cli.main import run
 
 
-def test_the_six_presets_are_there() -> None:
-    assert preset_names() == ["agent", "article", "classify", "qlora", "quick", "regret"]
+def test_the_seven_presets_are_there() -> None:
+    assert preset_names() == ["agent", "article", "classify", "dpo", "qlora", "quick", "regret"]
 
 
 @pytest.mark.parametrize("name", preset_names())
