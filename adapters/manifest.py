@@ -71,6 +71,8 @@ class Manifest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Every resolved setting of the run, as `recipe.lock.yaml` holds them."""
     metrics: dict[str, float] = {}
     """Final figures, such as `eval_loss`, `train_loss`, `train_seconds`, `eval_accuracy`."""
+    measured_on: dict[str, str] = {}
+    """For each metric of held-out rows, the digest of those rows: figures over other rows are not compared."""
     loss_curve: list[tuple[int, float]] = []
     """(step, training loss)."""
     probes: list[Probe] = []

@@ -232,10 +232,12 @@ def check(*, folder: Path, base: Path | None, as_json: bool) -> int:
 
 def _pass_gates(hub: "HubClient", gates: Sequence[str], folder: Path, ref: AdapterRef, *, channel: str) -> None:
     """Compare the folder's metrics with those of the revisions that the gates name; raises CheckFailed."""
+    import msgspec
+
     from loractl.adapters.gate import PREVIOUS, parse_gate
     from loractl.adapters.manifest import Manifest, load_manifest
 
-    ours = (load_manifest(folder) or Manifest()).metrics
+    ours = load_manifest(folder) or Manifest()
     for gate in [parse_gate(text) for text in gates]:
         theirs = None
         if gate.number is None:
@@ -247,7 +249,7 @@ def _pass_gates(hub: "HubClient", gates: Sequence[str], folder: Path, ref: Adapt
                     raise
                 print_note(f"gate {gate.metric}: {channel} of {ref.repo_id} points nowhere yet")
                 continue
-            theirs = (found.manifest or {}).get("metrics") or {}
+            theirs = msgspec.convert(found.manifest or {}, Manifest)
         print_note(gate.check(ours, theirs))
 
 

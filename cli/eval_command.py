@@ -57,10 +57,12 @@ def evaluate(*, adapters: tuple[str, ...], hub_url: str | None, as_json: bool, *
         if way not in _HELD:
             raise UsageError(f"--compare {way}: no such way to hold a base", hint=", ".join(_HELD))
     scores: list[dict[str, Any]] = []
+    digest = ""
     for way in ways:
-        scores += [{"held": way} | score for score in _scores(folders, way, flags, writes=way == ways[0])]
+        found, digest = _scores(folders, way, flags, writes=way == ways[0])
+        scores += [{"held": way} | score for score in found]
     if flags["record"]:
-        _record(folders, scores)
+        _record(folders, scores, digest)
     if as_json:
         print_json(scores)
         return
@@ -68,12 +70,16 @@ def evaluate(*, adapters: tuple[str, ...], hub_url: str | None, as_json: bool, *
     print_table(columns, [{"adapter": one["name"]} | one for one in scores], as_json=False, empty="")
 
 
-def _scores(folders: list[tuple[str, Path]], way: str, flags: dict[str, Any], *, writes: bool) -> list[dict[str, Any]]:
+def _scores(
+    folders: list[tuple[str, Path]], way: str, flags: dict[str, Any], *, writes: bool
+) -> tuple[list[dict[str, Any]], str]:
+    """Score once; returns the figures, and the digest of the rows."""
     from loractl.adapters.base_loading import load_base_model, load_tokenizer, quiet_libraries
     from loractl.adapters.base_source import resolve_base
 
     quiet_libraries()  # before PEFT imports what speaks
     from loractl.adapters.training.evaluation_data import evaluation_data
+    from loractl.adapters.training.rows import rows_digest
     from loractl.adapters.training.scoring import Scorer, timed_scores
 
     base = resolve_base(flags["base"])
@@ -88,7 +94,7 @@ def _scores(folders: list[tuple[str, Path]], way: str, flags: dict[str, Any], *,
     print_note(f"{len(rows)} rows x {len(scorer.names)} in {seconds:.1f} s, {together}")
     if flags["generate"] and writes:
         _write_answers(scorer, rows, tokenizer, part, flags)
-    return [asdict(score) for score in scores]
+    return [asdict(score) for score in scores], rows_digest(rows)
 
 
 def _write_answers(scorer: Any, rows: Any, tokenizer: Any, part: Any, flags: dict[str, Any]) -> None:
@@ -102,8 +108,8 @@ def _write_answers(scorer: Any, rows: Any, tokenizer: Any, part: Any, flags: dic
     print_note(f"wrote {num_lines} answers to {flags['generate']}")
 
 
-def _record(folders: list[tuple[str, Path]], scores: list[dict[str, Any]]) -> None:
-    """Put the first way's figures into the manifests of the folders that were named as such."""
+def _record(folders: list[tuple[str, Path]], scores: list[dict[str, Any]], digest: str) -> None:
+    """Put the first way's figures, and on which rows they are, into the manifests of the folders that were named."""
     from loractl.adapters.manifest import Manifest, load_manifest, save_manifest
 
     for name, folder in folders:
@@ -112,8 +118,10 @@ def _record(folders: list[tuple[str, Path]], scores: list[dict[str, Any]]) -> No
             continue
         score = next(one for one in scores if one["name"] == name)
         manifest = load_manifest(folder) or Manifest()
-        manifest.metrics |= {
+        figures = {
             f"eval_{key}": round(score[key], 6) for key in ("loss", "exact_match", "accuracy") if score[key] is not None
         }
+        manifest.metrics |= figures
+        manifest.measured_on |= dict.fromkeys(figures, digest)
         save_manifest(manifest, folder)
         print_note(f"recorded in {folder}/loractl.json")

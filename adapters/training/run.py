@@ -28,7 +28,7 @@ from loractl.adapters.training.data_files import public_name
 from loractl.adapters.training.data_summary import DataSummary, summarize
 from loractl.adapters.training.distributed import World, joined, read_world
 from loractl.adapters.training.events import Listener, Progress, Resumed, Started
-from loractl.adapters.training.examples import Example, Prepared, marked_text, prepare_examples, template_columns
+from loractl.adapters.training.examples import Example, marked_text, prepare_examples, template_columns
 from loractl.adapters.training.interrupt import stop_requests
 from loractl.adapters.training.rate import auto_rate
 from loractl.adapters.training.recipe import Recipe
@@ -52,6 +52,7 @@ class Inputs:
     rows: list[Row]
     train: list[Example]
     held_out: list[Example]
+    held_out_digest: str
     summary: DataSummary
     preview: list[tuple[str, bool]]
     """The first row to train on as text, in pieces that are learned or not."""
@@ -92,16 +93,28 @@ def prepare(recipe: Recipe) -> Inputs:
         eval_rows = read_all_rows(recipe.data.eval_files, columns=columns)
         if (eval_rows[0].form == "preference") != (rows[0].form == "preference"):
             raise BadData(f"data.eval_files hold {eval_rows[0].form} rows, data.files {rows[0].form} rows")
-        held_out = prepare_examples(eval_rows, tokenizer, recipe.data, max_tokens=int(recipe.data.max_tokens)).examples
-        train = prepared.examples
+        aside = prepare_examples(eval_rows, tokenizer, recipe.data, max_tokens=int(recipe.data.max_tokens))
+        train, held_out, held_out_rows = prepared.examples, aside.examples, aside.rows
     else:
-        train, held_out = _split(prepared, share=recipe.data.eval_share, seed=recipe.train.seed)
+        numbers, aside_numbers = split_rows(prepared.rows, share=recipe.data.eval_share, seed=recipe.train.seed)
+        train, held_out = ([prepared.examples[number] for number in part] for part in (numbers, aside_numbers))
+        held_out_rows = [prepared.rows[number] for number in aside_numbers]
     identity = identify_base(source.folder, base_id=source.id)
     if recipe.adapter.start_from:
         _check_parent(Path(recipe.adapter.start_from), identity)
     preview = marked_text(train[0], tokenizer)
     summary = summarize(rows, prepared, train=train, num_eval_rows=len(held_out))
-    return Inputs(source.folder, source.revision, identity, rows, train, held_out, summary, preview)
+    return Inputs(
+        folder=source.folder,
+        revision=source.revision,
+        identity=identity,
+        rows=rows,
+        train=train,
+        held_out=held_out,
+        held_out_digest=rows_digest(held_out_rows),
+        summary=summary,
+        preview=preview,
+    )
 
 
 def run(recipe: Recipe, *, listener: Listener) -> Outcome:
@@ -229,6 +242,7 @@ def _save(member: "Member", task: Task, inputs: Inputs) -> Outcome:
     num_parameters = sum(parameter.numel() for parameter in member.tensors)
     manifest = _manifest(recipe, inputs, num_parameters=num_parameters, parent=parent)
     manifest.metrics, manifest.loss_curve = member_facts(member), member.state.curve
+    manifest.measured_on = {name: inputs.held_out_digest for name in manifest.metrics if name.startswith("eval_")}
     config = trunk.model.peft_config[member.name]
     start = dict(trunk.start(member.name))
     manifest.targets = sorted(config.target_modules)
@@ -291,11 +305,6 @@ def _check_tasks(tasks: Sequence[Task], *, fresh_start: bool) -> None:
         places.add(place)
         if fresh_start and task.checkpoint is None:
             check_no_unfinished(Path(recipe.out))
-
-
-def _split(prepared: Prepared, *, share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    train, held_out = split_rows(prepared.rows, share=share, seed=seed)
-    return [prepared.examples[number] for number in train], [prepared.examples[number] for number in held_out]
 
 
 def _check_parent(folder: Path, identity: BaseIdentity) -> None:

@@ -11,10 +11,13 @@ from loractl.adapters.manifest import Manifest, save_manifest
 from loractl.cli.main import run
 from pushing import push
 
+_ROWS = "sha256:" + "1" * 64
 
-def _measured(adapter: Path, folder: Path, accuracy: float) -> Path:
+
+def _measured(adapter: Path, folder: Path, accuracy: float, *, rows: str | None = _ROWS) -> Path:
     shutil.copytree(adapter, folder)
-    save_manifest(Manifest(metrics={"eval_accuracy": accuracy}), folder)
+    on = {"eval_accuracy": rows} if rows else {}
+    save_manifest(Manifest(metrics={"eval_accuracy": accuracy}, measured_on=on), folder)
     return folder
 
 
@@ -43,6 +46,28 @@ def test_gate_refuses_a_worse_adapter_and_lets_a_better_one_pass(
 
 def _check_version(hub: LiveHub, version: str) -> None:
     hub.api().model_info("team/name", revision=version)
+
+
+def test_gate_over_figures_of_other_rows_is_closed_even_to_a_better_one(
+    folder_hub: LiveHub,
+    adapter: Path,
+    other_adapter: Path,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LORACTL_TOKEN", folder_hub.admin)
+    words = ["--hub", folder_hub.url, "--base", str(tiny_base), "--gate", "accuracy>=prev"]
+    assert run(["push", str(_measured(adapter, tmp_path / "first", 0.8)), "team/name", *words]) == 0
+    for number, rows in enumerate(("sha256:" + "2" * 64, None)):
+        mine = _measured(other_adapter, tmp_path / f"mine{number}", 0.9, rows=rows)
+        capsys.readouterr()
+        assert run(["push", str(mine), "team/name", *words]) == 3
+        said = capsys.readouterr().err
+        told = rows[:19] if rows else "that nothing tells of"
+        assert f"the adapter's is of rows {told}, prev's of rows {_ROWS[:19]}" in said
+        assert "loractl eval DIR --data FILE --record" in said
 
 
 def test_gate_against_an_adapter_without_metrics_is_closed(

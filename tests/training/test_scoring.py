@@ -15,7 +15,7 @@ from loractl.adapters.base_loading import load_base_model
 from loractl.adapters.manifest import load_manifest
 from loractl.adapters.training.examples import make_example
 from loractl.adapters.training.recipe import DataPart
-from loractl.adapters.training.rows import read_rows
+from loractl.adapters.training.rows import read_rows, rows_digest
 from loractl.adapters.training.scoring import BASE, Scorer, written_answers
 from loractl.cli.main import run
 from tiny_models import make_adapter, make_tiny_base
@@ -135,4 +135,7 @@ def test_command_scores_ways_to_hold_the_base_and_records(
     manifest = load_manifest(adapter)
     assert manifest is not None
     assert manifest.metrics["eval_accuracy"] == pytest.approx(scores[1]["accuracy"], abs=1e-6)
+    assert manifest.measured_on["eval_accuracy"] == rows_digest(
+        read_rows(folder / "rows.jsonl", columns=["text", "label"])
+    )
     assert len(answers.read_text().splitlines()) == len(_TEXTS)
