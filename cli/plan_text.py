@@ -38,6 +38,7 @@ def plan_lines(plan: Any) -> list[str]:
             "", f"{data.num_learned_tokens:,} learned tokens: the rank is {rule} (rule: parameters >= learned tokens)"
         ),
         _line("Memory", f"{_parts(memory, 'adapter+optimizer')} = {size(memory.total)}{_room(plan)}"),
+        *([_line("", "activations are computed again in the backward pass")] if plan.checkpoint_activations else []),
         _line("", f"full fine-tuning: {_parts(full, 'weights+optimizer')} = {size(full.total)}"),
         _line(
             "Steps",

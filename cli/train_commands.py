@@ -209,6 +209,8 @@ def _tasks_to_resume(folders: tuple[Path, ...], flags: dict[str, Any]) -> Any:
     given = _named(flags) | dict(parse_setting(text) for text in flags["settings"])
     if flags["recipe"] or flags["preset"]:
         given |= _flatten(_recipe(flags | {"recipe": flags["recipe"][0] if flags["recipe"] else None}))
+    # What was left open then is decided by now.
+    given = {key: value for key, value in given.items() if value is not None and value != "auto"}
     for key in ("base", "out", "data.files", "data.eval_files", "adapter.start_from"):
         given.pop(key, None)  # the checkpoint knows these by whole paths, and checks their content
     for task in tasks:

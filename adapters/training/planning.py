@@ -65,6 +65,8 @@ class Plan:
     rows_per_step: int
     num_padded_tokens: int
     """Tokens that go through the model in the whole run, padding included."""
+    checkpoint_activations: bool
+    """Whether activations are computed again: as the recipe says, else where the run would not fit otherwise."""
     memory: Memory
     full_fine_tuning: Memory
     available_bytes: int | None
@@ -78,13 +80,13 @@ class Plan:
         return self.available_bytes is None or self.memory.total <= self.available_bytes
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Plan a run; raises what `train` would raise before its first step."""
+def make_plan(recipe: Recipe, inputs: Inputs | None = None) -> Plan:
+    """Plan a run, reading its data where `inputs` are not given; raises what `train` would before its first step."""
     import torch
 
     quiet_libraries()
     recipe = resolve_numbers(recipe)
-    inputs = prepare(recipe)
+    inputs = inputs or prepare(recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = pick_dtype(recipe.dtype, device=device)
     model, targets = _empty_model(inputs.folder, recipe, dtype=dtype, device=device)
@@ -93,14 +95,21 @@ def make_plan(recipe: Recipe) -> Plan:
     micros = _micro_batches(inputs.train, recipe)
     largest = max(micros, key=lambda micro: padded_tokens(micro) * micro[-1].longest ** 0.2)
     num_rows, num_tokens = sum(len(row.sequences) for row in largest), largest[-1].longest
-    recompute = bool(recipe.train.checkpoint_activations)
-    activations = _activation_bytes(model, num_rows=num_rows, num_tokens=num_tokens, recompute=recompute)
     num_learned = max(sum(example.num_learned for example in micro) for micro in micros)
     loss = min(num_learned, CHUNK_POSITIONS) * int(model.config.vocab_size) * _LOGIT_BYTES
     base = round(linear * _QUANTIZED_BYTES.get(recipe.quantize, width)) + other * width
     if recipe.quantize == "int8" and device == "cpu" and recipe.train.expand_int8 is not False:
         base += linear * width
-    runtime = _runtime_bytes(device)
+    runtime, available = _runtime_bytes(device), _available_bytes(device)
+
+    def memory(*, recompute: bool) -> Memory:
+        activations = _activation_bytes(model, num_rows=num_rows, num_tokens=num_tokens, recompute=recompute)
+        return Memory(base=base, adapter=num_adapter * _ADAM_BYTES, activations=activations, loss=loss, runtime=runtime)
+
+    recompute = bool(recipe.train.checkpoint_activations)
+    needed = memory(recompute=recompute)
+    if recipe.train.checkpoint_activations is None and available is not None and needed.total > available:
+        recompute, needed = True, memory(recompute=True)
     with model.disable_adapter():
         model.get_base_model().requires_grad_(True)
         of_all = _activation_bytes(model, num_rows=num_rows, num_tokens=num_tokens, recompute=recompute)
@@ -122,11 +131,10 @@ def make_plan(recipe: Recipe) -> Plan:
         num_steps=num_steps(len(inputs.train), recipe.train),
         rows_per_step=recipe.train.batch_size * recipe.train.accumulation,
         num_padded_tokens=sum(padded_tokens(micro) for micro in micros),
-        memory=Memory(
-            base=base, adapter=num_adapter * _ADAM_BYTES, activations=activations, loss=loss, runtime=runtime
-        ),
+        checkpoint_activations=recompute,
+        memory=needed,
         full_fine_tuning=full,
-        available_bytes=_available_bytes(device),
+        available_bytes=available,
         device=device,
     )
 
@@ -146,7 +154,7 @@ def probe_seconds(recipe: Recipe, plan: Plan) -> float:
     trunk = Trunk(load_base_model(inputs.folder, quantization=recipe.quantize, dtype=recipe.dtype))
     trunk.attach("default", recipe, revision=None, examples=inputs.train, fresh=True)
     trunk.ready(quantize=recipe.quantize, expand_int8=recipe.train.expand_int8 is not False)
-    trunk.activate("default", recompute=bool(recipe.train.checkpoint_activations))
+    trunk.activate("default", recompute=plan.checkpoint_activations)
     reference = Reference(trunk, "default", [], is_adapter=False) if rows[0].rejected else None
     seconds = 0.0
     for _ in range(2):  # the first pass also compiles

@@ -53,7 +53,7 @@ class TrainPart(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     max_grad_norm: float = 1.0
     seed: int = 0
     checkpoint_activations: bool | None = None
-    """Compute activations again in the backward pass; None decides by the memory there is."""
+    """Compute activations again in the backward pass; None is only where the run would not fit otherwise."""
     expand_int8: bool | None = None
     """Hold int8 weights expanded while training on a CPU: faster, two or four bytes more a weight. None is yes."""
     eval_every: int = 0

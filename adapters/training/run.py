@@ -143,6 +143,7 @@ def run_fleet(
     tasks = [Task(resolve_numbers(task.recipe), task.checkpoint) for task in tasks]
     _check_tasks(tasks, fresh_start=world.is_first)
     inputs = [prepare(task.recipe) for task in tasks]
+    tasks = [_with_checkpointing(task, one) for task, one in zip(tasks, inputs, strict=True)]
     for task, one in zip(tasks, inputs, strict=True):
         if task.recipe.train.batch_size * task.recipe.train.accumulation < world.size:
             raise UsageError(f"{world.size} processes share fewer rows a step", hint="a larger train.batch_size")
@@ -269,6 +270,17 @@ def _facts(recipe: Recipe, inputs: Inputs) -> Facts:
 def _tell_nobody(event: Progress) -> None:
     """Only the first of several processes speaks."""
     del event
+
+
+def _with_checkpointing(task: Task, inputs: Inputs) -> Task:
+    """Decide by the plan whether activations are kept, where the recipe leaves it open."""
+    if task.recipe.train.checkpoint_activations is not None:
+        return task
+    from loractl.adapters.training.planning import make_plan
+
+    decided = make_plan(task.recipe, inputs).checkpoint_activations
+    train = msgspec.structs.replace(task.recipe.train, checkpoint_activations=decided)
+    return Task(msgspec.structs.replace(task.recipe, train=train), task.checkpoint)
 
 
 def resolve_numbers(recipe: Recipe) -> Recipe:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loractl.adapters.base_loading import load_base_model
+from loractl.adapters.training import planning
 from loractl.adapters.training.events import Started
 from loractl.adapters.training.planning import make_plan
 from loractl.adapters.training.recipe import Recipe, resolve_recipe
@@ -46,6 +47,24 @@ def test_plan_counts_what_the_run_reports(tmp_path: Path, base: Path) -> None:
     )
     assert plan.memory.adapter == 16 * plan.num_parameters
     assert plan.fits
+
+
+def test_activations_are_computed_again_only_where_the_run_would_not_fit_otherwise(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(tmp_path, base)
+    kept = make_plan(recipe)
+    again = make_plan(_recipe(tmp_path, base, **{"train.checkpoint_activations": True}))
+    assert not kept.checkpoint_activations
+    assert again.memory.activations < kept.memory.activations
+    monkeypatch.setattr(planning, "_runtime_bytes", lambda _: kept.memory.runtime)
+    monkeypatch.setattr(planning, "_available_bytes", lambda _: kept.memory.total - 1)
+    tight = make_plan(recipe)
+    assert tight.checkpoint_activations
+    assert tight.memory.activations == again.memory.activations
+    assert not make_plan(_recipe(tmp_path, base, **{"train.checkpoint_activations": False})).fits
+    outcome = run(recipe, listener=lambda _: None)
+    assert outcome.manifest.recipe["train"]["checkpoint_activations"] is True
 
 
 def test_activations_on_shapes_alone_equal_those_of_the_real_model(tmp_path: Path, base: Path) -> None:
