@@ -1,5 +1,6 @@
 """Asks a running server whether it will take the adapter that a plan would make. Loads no model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ class Finding:
 
 
 def compare_with_server(plan: Any, url: str, key: str | None) -> list[Finding]:
-    """Compare base, rank, slots and quantization; raises Unreachable or NotAllowed."""
+    """Compare base, rank, targets, slots, quantization and dtype; raises Unreachable or NotAllowed."""
     models = _get(f"{url}/v1/models", key)["data"]
     status = _get(f"{url}/admin/status", key)
     card: dict[str, Any] = next((one for one in models if one["id"] == status["base"]), {})
@@ -27,16 +28,9 @@ def compare_with_server(plan: Any, url: str, key: str | None) -> list[Finding]:
         if plan.rank <= max_rank
         else Finding("rank", f"{plan.rank} > {max_rank}: refused, or cut where the server truncates", False)
     )
-    same = plan.quantize == status["quantization"]
-    findings.append(
-        Finding(
-            "held in",
-            f"{status['quantization']} ok"
-            if same
-            else f"{status['quantization']}, trained in {plan.quantize}: loss differs a little",
-            same or None,
-        )
-    )
+    findings.append(_targets(plan.targets, status.get("targets") or []))
+    findings.append(_alike("held in", plan.quantize, status["quantization"]))
+    findings.append(_alike("dtype", plan.dtype, status.get("dtype")))
     longest = plan.data.tokens_max
     window = status["max_model_len"]
     findings.append(
@@ -53,6 +47,22 @@ def _base(plan: Any, fingerprint: str | None, name: str) -> Finding:
     if fingerprint == plan.base_fingerprint:
         return Finding("base and template", "ok", True)
     return Finding("base", f"serves {name} ({fingerprint[:19]}), not {plan.base_id}", False)
+
+
+def _targets(wanted: Sequence[str], served: Sequence[str]) -> Finding:
+    if not served:
+        return Finding("targets", "not shown", None)
+    missing = sorted(set(wanted) - set(served))
+    return Finding("targets", f"no {', '.join(missing)} there" if missing else "ok", not missing)
+
+
+def _alike(subject: str, trained: str, served: str | None) -> Finding:
+    """Another number format is served all the same, only not with the very numbers of training."""
+    if served is None:
+        return Finding(subject, "not shown", None)
+    if trained == served:
+        return Finding(subject, f"{served} ok", True)
+    return Finding(subject, f"{served}, trained in {trained}: loss differs a little", None)
 
 
 def _get(url: str, key: str | None) -> Any:

@@ -1,7 +1,7 @@
 """Puts one server together from an operator's choices: base, engine, adapters, hub."""
 
 import ipaddress
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,8 +93,18 @@ def check(choices: Choices) -> Checked:
     )
 
 
-def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts: Prompts) -> Serving:
-    """Build a server around an engine; `make_engine` is called in the engine's own thread."""
+def assemble(
+    checked: Checked,
+    *,
+    make_engine: Callable[[], EngineLike],
+    prompts: Prompts,
+    dtype: str | None = None,
+    targets: Sequence[str] = (),
+) -> Serving:
+    """Build a server around an engine; `make_engine` is called in the engine's own thread.
+
+    `dtype` and `targets` are what the base computes in and which of its layers adapters reach, for who asks.
+    """
     choices = checked.choices
     metrics = ServerMetrics(max_adapter_labels=choices.max_adapter_labels)
     hub = cache = None
@@ -106,6 +116,8 @@ def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts
         base_name=checked.base_name,
         base_fingerprint=checked.fingerprint,
         quantization=choices.quantization,
+        dtype=dtype,
+        targets=tuple(targets),
         adapter_limits=choices.adapter_limits,
         vllm_metrics=choices.vllm_metrics,
         drain_timeout_s=choices.drain_timeout_s,
@@ -129,6 +141,7 @@ def assemble(checked: Checked, *, make_engine: Callable[[], EngineLike], prompts
 
 def load(checked: Checked) -> Serving:
     """Load the base and put the real engine around it; takes seconds to minutes."""
+    from loractl.adapters.training.targets import linear_names
     from loractl.server.engine.base_model import load_base
     from loractl.server.engine.engine import Engine
 
@@ -136,7 +149,13 @@ def load(checked: Checked) -> Serving:
     base = load_base(
         checked.source.folder, quantization=choices.quantization, dtype=choices.dtype, base_id=checked.source.id
     )
-    return assemble(checked, make_engine=lambda: Engine(base, choices.engine), prompts=Prompts(base.tokenizer))
+    return assemble(
+        checked,
+        make_engine=lambda: Engine(base, choices.engine),
+        prompts=Prompts(base.tokenizer),
+        dtype=str(base.model.dtype).removeprefix("torch."),
+        targets=sorted(linear_names(base.model)),
+    )
 
 
 def _is_loopback(host: str) -> bool:

@@ -44,6 +44,8 @@ class Status(msgspec.Struct, kw_only=True):
     ready: bool
     draining: bool
     quantization: str
+    dtype: str | None
+    targets: list[str]
     max_model_len: int
     hub_up: bool | None
     running: int
@@ -202,6 +204,8 @@ def _status(serving: Serving) -> Status:
         ready=serving.is_ready,
         draining=serving.is_draining,
         quantization=serving.settings.quantization,
+        dtype=serving.settings.dtype,
+        targets=list(serving.settings.targets),
         max_model_len=serving.bridge.max_model_len,
         hub_up=serving.source.hub_is_up,
         running=stats.running,

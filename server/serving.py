@@ -31,6 +31,10 @@ class ServingSettings:
     """Under which the bare base is asked for."""
     base_fingerprint: str
     quantization: str = "none"
+    dtype: str | None = None
+    """What the base computes in."""
+    targets: tuple[str, ...] = ()
+    """Names of the base's layers that adapters may reach."""
     max_tokens: int | None = None
     max_prompt_tokens: int | None = None
     max_body_bytes: int = 4 << 20

@@ -52,6 +52,8 @@ class Plan:
     base_fingerprint: str
     base_chat_template_sha256: str | None
     quantize: str
+    dtype: str
+    """What is computed in."""
     data: DataSummary
     data_digest: str
     rank: int
@@ -119,6 +121,7 @@ def make_plan(recipe: Recipe, inputs: Inputs | None = None) -> Plan:
         base_fingerprint=inputs.identity.fingerprint,
         base_chat_template_sha256=inputs.identity.chat_template_sha256,
         quantize=recipe.quantize,
+        dtype=str(dtype).removeprefix("torch."),
         data=inputs.summary,
         data_digest=rows_digest(inputs.rows),
         rank=recipe.adapter.rank,

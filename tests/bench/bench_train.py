@@ -41,7 +41,9 @@ _SETTINGS: dict[str, Any] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side, taken in turns [3]")
-    parser.add_argument("--only", choices=["trainer", "fleet", "served", "help"], help="one part alone")
+    parser.add_argument("--only", choices=["trainer", "seeds", "fleet", "served", "help"], help="one part alone")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds over which losses on an int8 base are compared [3]")
+    parser.add_argument("--rows-a-step", type=int, nargs="*", default=[2, 8], help="of each member of the fleet [2 8]")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
@@ -52,7 +54,8 @@ def main() -> None:
         data = write_demo_data(folder, num_movies=NUM_ROWS, num_products=8, num_verdicts=8, num_held_out=NUM_HELD_OUT)
         parts: dict[str, Callable[[], None]] = {
             "trainer": lambda: _against_trainer(folder, data.movies, options.repeats),
-            "fleet": lambda: _fleet_against_alone(folder, data.movies),
+            "seeds": lambda: _int8_over_seeds(folder, data.movies, options.seeds),
+            "fleet": lambda: _fleet_against_alone(folder, data.movies, options.rows_a_step),
             "served": lambda: _last_step_to_first_token(folder, data.movies),
             "help": lambda: _help_times(options.repeats),
         }
@@ -86,10 +89,30 @@ def _against_trainer(folder: Path, data: Path, repeats: int) -> None:
         )
 
 
-def _fleet_against_alone(folder: Path, data: Path) -> None:
+def _int8_over_seeds(folder: Path, data: Path, num_seeds: int) -> None:
+    """Held-out loss over an int8 base by us and by Trainer, and what changes it: weights, attention, bf16."""
+    for seed in range(num_seeds):
+        base = {"quantize": "int8", "dtype": "auto", "data": str(data), "seed": seed}
+        start = folder / f"start-seed{seed}"
+        _run_part(base | {"kind": "start", "out": str(start)})
+        for side, kind, more in (
+            ("ours", "ours", {}),
+            ("ours, in 8 bit", "ours", {"expand": False}),
+            ("trainer", "trainer", {}),
+            ("trainer, on our numbers", "trainer", {"expand": True}),
+            ("trainer, plain attention", "trainer", {"attention": "eager"}),
+            ("ours, float32", "ours", {"dtype": "float32"}),
+            ("trainer, float32", "trainer", {"dtype": "float32"}),
+        ):
+            out = folder / f"{side.replace(' ', '')}-seed{seed}"
+            loss = _run_part(base | more | {"kind": kind, "out": str(out), "start": str(start)})["eval_loss"]
+            _print({"figure": "held-out loss over int8", "seed": seed, "side": side, "loss": loss})
+
+
+def _fleet_against_alone(folder: Path, data: Path, sizes: list[int]) -> None:
     """Wall time and memory of eight adapters trained one after the other, in turns, and in shared passes."""
     rows = data.read_text().splitlines()
-    for size in (2, 8):
+    for size in sizes:
         parts = []
         for member in range(NUM_MEMBERS):
             taken = rows[1 + member * 48 : 1 + member * 48 + NUM_MEMBER_ROWS]
@@ -205,7 +228,14 @@ def _help_times(repeats: int) -> None:
 
 
 def _recipe(
-    data: Path, out: Path, quantize: str, *, dtype: str = "auto", batch_size: int = 8, start: str | None = None
+    data: Path,
+    out: Path,
+    quantize: str,
+    *,
+    dtype: str = "auto",
+    batch_size: int = 8,
+    start: str | None = None,
+    **more: Any,
 ) -> Recipe:
     settings = _SETTINGS | {
         "base": str(demo_base()),
@@ -216,6 +246,7 @@ def _recipe(
         "train.batch_size": batch_size,
         "data.eval_share": 0.2,
         "adapter.start_from": start,
+        **{f"train.{key}": value for key, value in more.items()},
     }
     return resolve_recipe(preset=None, file=None, settings=settings)
 
@@ -243,19 +274,28 @@ def _make_start(wanted: dict[str, Any]) -> dict[str, Any]:
 
     from loractl.adapters.base_loading import load_base_model
 
-    torch.manual_seed(0)
+    torch.manual_seed(wanted.get("seed", 0))
     base = load_base_model(demo_base(), quantization=wanted["quantize"], dtype=wanted["dtype"])
     config = LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(wanted["out"])
     return {}
 
 
+def _recipe_of(wanted: dict[str, Any], **more: Any) -> Recipe:
+    return _recipe(
+        Path(wanted["data"]),
+        Path(wanted["out"]),
+        wanted["quantize"],
+        dtype=wanted["dtype"],
+        seed=wanted.get("seed", 0),
+        **more,
+    )
+
+
 def _train_ours(wanted: dict[str, Any]) -> dict[str, Any]:
     from loractl.adapters.training.run import run
 
-    recipe = _recipe(
-        Path(wanted["data"]), Path(wanted["out"]), wanted["quantize"], dtype=wanted["dtype"], start=wanted["start"]
-    )
+    recipe = _recipe_of(wanted, start=wanted["start"], expand_int8=wanted.get("expand"))
     clock = _Clock()
     run(recipe, listener=clock)
     return clock.facts() | {"eval_loss": _held_out_loss(recipe)}
@@ -296,10 +336,11 @@ def _train_by_trainer(wanted: dict[str, Any]) -> dict[str, Any]:
 
     from loractl.adapters.base_loading import load_base_model
     from loractl.adapters.training.batches import num_steps, step_rows
+    from loractl.adapters.training.frozen_int8 import Int8Layers
     from loractl.adapters.training.rate import rate_at
     from loractl.adapters.training.run import prepare
 
-    recipe = _recipe(Path(wanted["data"]), Path(wanted["out"]), wanted["quantize"], dtype=wanted["dtype"])
+    recipe = _recipe_of(wanted)
     inputs = prepare(recipe)
     steps = num_steps(len(inputs.train), recipe.train)
     rows = [
@@ -312,6 +353,10 @@ def _train_by_trainer(wanted: dict[str, Any]) -> dict[str, Any]:
     ]
     base = load_base_model(demo_base(), quantization=recipe.quantize, dtype=recipe.dtype)
     model = PeftModel.from_pretrained(base, wanted["start"], is_trainable=True)
+    if wanted.get("attention"):
+        base.set_attn_implementation(wanted["attention"])
+    if wanted.get("expand"):
+        Int8Layers(model, expand=True, dtype=base.dtype)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=_SETTINGS["train.learning_rate"],

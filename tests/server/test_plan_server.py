@@ -26,7 +26,25 @@ async def test_server_refuses_another_base_and_too_high_a_rank_and_takes_its_own
     own = replace(plan, base_fingerprint=live.serving.settings.base_fingerprint, rank=64)
     findings = await asyncio.to_thread(compare_with_server, own, live.url, None)
     assert [one.subject for one in findings if one.fits is False] == []
-    assert "base and template" in {one.subject for one in findings}
+    said = {one.subject: one.verdict for one in findings}
+    assert said["base and template"] == "ok"
+    assert said["targets"] == said["dtype"] == "not shown"
+
+
+async def test_server_is_asked_for_targets_and_dtype(
+    live: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_tiny_base(tmp_path / "tiny-base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"film {number}", "label": "good"}) + "\n" for number in range(8)))
+    settings = {"base": str(base), "data.files": [str(rows)], "dtype": "float32", "adapter.targets": ["q_proj"]}
+    plan = make_plan(resolve_recipe(preset=None, file=None, settings=settings))
+    shown = replace(live.serving.settings, dtype="bfloat16", targets=("k_proj", "v_proj"))
+    monkeypatch.setattr(live.serving, "settings", shown)
+    findings = await asyncio.to_thread(compare_with_server, plan, live.url, None)
+    said = {one.subject: (one.verdict, one.fits) for one in findings}
+    assert said["targets"] == ("no q_proj there", False)
+    assert said["dtype"] == ("bfloat16, trained in float32: loss differs a little", None)
 
 
 def test_server_that_is_not_there_is_unreachable() -> None:
