@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from loractl.adapters.base_loading import load_base_model
 from loractl.adapters.training import planning
 from loractl.adapters.training.events import Started
+from loractl.adapters.training.memory import Ledger, Pass, empty_model
 from loractl.adapters.training.planning import make_plan
 from loractl.adapters.training.recipe import Recipe, resolve_recipe
 from loractl.adapters.training.run import prepare, run
@@ -57,8 +59,8 @@ def test_activations_are_computed_again_only_where_the_run_would_not_fit_otherwi
     again = make_plan(_recipe(tmp_path, base, **{"train.checkpoint_activations": True}))
     assert not kept.checkpoint_activations
     assert again.memory.activations < kept.memory.activations
-    monkeypatch.setattr(planning, "_runtime_bytes", lambda _: kept.memory.runtime)
-    monkeypatch.setattr(planning, "_available_bytes", lambda _: kept.memory.total - 1)
+    monkeypatch.setattr(planning, "runtime_bytes", lambda _: kept.memory.runtime)
+    monkeypatch.setattr(planning, "available_bytes", lambda _: kept.memory.total - 1)
     tight = make_plan(recipe)
     assert tight.checkpoint_activations
     assert tight.memory.activations == again.memory.activations
@@ -117,3 +119,38 @@ def test_command_prints_the_ledger(tmp_path: Path, base: Path, capsys: pytest.Ca
     assert "full fine-tuning:" in said
     assert run_command([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["memory"]["total"] > 0
+
+
+def test_page_of_costs_says_what_the_ledger_counts() -> None:
+    page = (Path(planning.__file__).parent / "COSTS.md").read_text()
+    shape = {"vocab_size": 64_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
+    config = LlamaConfig(**shape, num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False)
+    recipes = {
+        held: resolve_recipe(preset="article", file=None, settings={"quantize": held})
+        for held in ("int8", "nf4", "none")
+    }
+    model, _ = empty_model(config, recipes["int8"], dtype=torch.bfloat16, device="cuda")
+    largest = Pass(num_rows=2, num_tokens=512, num_learned=6)
+    ledgers = {held: Ledger(model, one, largest, device="cuda", runtime=600 << 20) for held, one in recipes.items()}
+    ours, full = ledgers["int8"].adapter(recompute=True), ledgers["int8"].full(recompute=True)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    said = {row[0]: [float(cell) if cell else 0.0 for cell in row[2:]] for row in rows[1:]}
+    counted = {
+        "base": (ours.base, full.base),
+        "trained weights, gradients, optimizer": (ours.adapter, full.adapter),
+        "activations": (ours.activations, full.activations),
+        "loss": (ours.loss, full.loss),
+        "runtime": (ours.runtime, full.runtime),
+        "all": (ours.total, full.total),
+    }
+    assert said == {part: [round(each / 2**30, 2) for each in both] for part, both in counted.items()}
+    kept = ledgers["int8"].adapter(recompute=False)
+    for figure in (
+        f"**{full.total / ours.total:.1f} times**",
+        f"{ledgers['int8'].num_parameters:,} weights",
+        f"activations are {kept.activations / 2**30:.2f} GiB",
+        f"all is {kept.total / 2**30:.2f}",
+        f"all is {ledgers['nf4'].adapter(recompute=True).total / 2**30:.2f}",
+        f"bfloat16, {ledgers['none'].adapter(recompute=True).total / 2**30:.2f}",
+    ):
+        assert figure in page

@@ -1,0 +1,176 @@
+"""What a run holds in memory, in bytes by part, beside full fine-tuning. Loads no weights and reads no data.
+
+Activations are counted, not guessed: the model runs on torch's meta device, where tensors have shapes and no memory,
+and what autograd would keep for the backward pass is summed.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loractl.adapters.training.loss import CHUNK_POSITIONS
+from loractl.adapters.training.recipe import Recipe
+
+_ADAM_BYTES = 16  # float32 weight, gradient and two moments
+_QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 0.127 / 8}
+# Logits of a chunk: in the model's type, in float32, and the gradients of both.
+_LOGIT_BYTES = 12
+# What the process holds beyond tensors once a step has run: compiled products, threads' stacks, the allocator's slack.
+_RUNTIME_EXTRA_BYTES = 160 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes at the peak of a run, by what they are for."""
+
+    base: int
+    adapter: int
+    """Adapter, its gradients and optimizer state; all weights for full fine-tuning."""
+    activations: int
+    loss: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapter + self.activations + self.loss + self.runtime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """The largest rows that go through the model together, and the most learned tokens of any that do."""
+
+    num_rows: int
+    num_tokens: int
+    num_learned: int
+
+
+class Ledger:
+    """The bytes of a run by part, on an empty model that carries the recipe's adapter."""
+
+    def __init__(self, model: Any, recipe: Recipe, largest: Pass, *, device: str, runtime: int) -> None:
+        self._model, self._largest, self._runtime = model, largest, runtime
+        linear, self._other, self.num_parameters, self.num_modules = _count(model)
+        self._linear, width = linear, model.get_base_model().dtype.itemsize
+        self._base = round(linear * _QUANTIZED_BYTES.get(recipe.quantize, width)) + self._other * width
+        if recipe.quantize == "int8" and device == "cpu" and recipe.train.expand_int8 is not False:
+            self._base += linear * width
+        self._loss = min(largest.num_learned, CHUNK_POSITIONS) * int(model.config.vocab_size) * _LOGIT_BYTES
+
+    def adapter(self, *, recompute: bool) -> Memory:
+        """Count the run that trains the adapter alone."""
+        adapter = self.num_parameters * _ADAM_BYTES
+        return self._memory(self._base, adapter, self._activations(recompute=recompute))
+
+    def full(self, *, recompute: bool) -> Memory:
+        """Count training every weight by mixed-precision Adam, without an adapter."""
+        base = self._model.get_base_model()
+        frozen = [parameter for parameter in base.parameters() if not parameter.requires_grad]
+        with self._model.disable_adapter():
+            base.requires_grad_(True)
+            activations = self._activations(recompute=recompute)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return self._memory(0, (self._linear + self._other) * _ADAM_BYTES, activations)
+
+    def _memory(self, base: int, adapter: int, activations: int) -> Memory:
+        return Memory(base=base, adapter=adapter, activations=activations, loss=self._loss, runtime=self._runtime)
+
+    def _activations(self, *, recompute: bool) -> int:
+        largest = self._largest
+        return _activation_bytes(
+            self._model, num_rows=largest.num_rows, num_tokens=largest.num_tokens, recompute=recompute
+        )
+
+
+def empty_model(config: Any, recipe: Recipe, *, dtype: Any, device: str) -> tuple[Any, list[str]]:
+    """Make the base with its adapter on the meta device, as it will compute; returns it and the modules reached."""
+    from accelerate import init_empty_weights
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from loractl.adapters.training.targets import resolve_targets
+
+    attention = "eager" if device == "cpu" else "sdpa"
+    with init_empty_weights(include_buffers=True):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    base.requires_grad_(False)
+    targets = resolve_targets(base, recipe.adapter.targets)
+    part = recipe.adapter
+    settings: Any = {"r": part.rank, "lora_alpha": part.alpha, "lora_dropout": part.dropout, "use_dora": part.dora}
+    with warnings.catch_warnings():
+        # PEFT asks a transformers model by a name that transformers has deprecated.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        model = get_peft_model(base, LoraConfig(target_modules=targets, **settings), low_cpu_mem_usage=True)
+    return model.train(), targets
+
+
+def runtime_bytes(device: str) -> int:
+    """What this process holds with the same libraries loaded, and what running a step adds."""
+    if device == "cuda":
+        return 600 << 20  # the CUDA context and its libraries
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024 + _RUNTIME_EXTRA_BYTES
+    return _RUNTIME_EXTRA_BYTES
+
+
+def available_bytes(device: str) -> int | None:
+    """What the device has free; None where nothing tells."""
+    import torch
+
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    path = Path("/proc/meminfo")
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _count(model: Any) -> tuple[int, int, int, int]:
+    """Count the weights of linear layers, all other weights, the adapter's, and the layers that it reaches."""
+    import torch
+
+    from loractl.adapters.training.targets import linear_names
+
+    base = model.get_base_model()
+    names = linear_names(base)
+    linear = sum(
+        module.weight.numel()
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and ".lora_" not in name
+        and name.removesuffix(".base_layer").rpartition(".")[2] in names
+    )
+    adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    num_modules = sum(hasattr(module, "lora_A") for module in base.modules())
+    return linear, every - adapter - linear, adapter, num_modules
+
+
+def _activation_bytes(model: Any, *, num_rows: int, num_tokens: int, recompute: bool) -> int:
+    """Sum what autograd keeps of one micro-batch, and the largest of it once more for its gradient."""
+    import torch
+
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in weights:
+            kept[key] = tensor
+        return tensor
+
+    base = model.get_base_model()
+    ids = torch.zeros(num_rows, num_tokens, dtype=torch.long, device="meta")
+    # A mask that is ready: making one looks at values, which the meta device has not.
+    mask = torch.zeros(num_rows, 1, num_tokens, num_tokens, dtype=base.dtype, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    total, num_layers = sum(sizes), int(base.config.num_hidden_layers)
+    if recompute:
+        total = num_layers * output.numel() * output.element_size() + math.ceil(total / num_layers)
+    return total + 2 * max(sizes, default=0)
