@@ -87,7 +87,7 @@ class Ledger:
 def empty_model(config: Any, recipe: Recipe, *, dtype: Any, device: str) -> tuple[Any, list[str]]:
     """Make the base with its adapter on the meta device, as it will compute; returns it and the modules reached."""
     from accelerate import init_empty_weights
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     from loractl.adapters.training.targets import resolve_targets
@@ -96,13 +96,19 @@ def empty_model(config: Any, recipe: Recipe, *, dtype: Any, device: str) -> tupl
     with init_empty_weights(include_buffers=True):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     base.requires_grad_(False)
-    targets = resolve_targets(base, recipe.adapter.targets)
     part = recipe.adapter
-    settings: Any = {"r": part.rank, "lora_alpha": part.alpha, "lora_dropout": part.dropout, "use_dora": part.dora}
+    if part.start_from:
+        lora = PeftConfig.from_pretrained(part.start_from)
+        lora.base_model_name_or_path, lora.inference_mode = None, False  # it goes on learning, over this base
+        targets = sorted(lora.target_modules)
+    else:
+        targets = resolve_targets(base, part.targets)
+        settings: Any = {"r": part.rank, "lora_alpha": part.alpha, "lora_dropout": part.dropout, "use_dora": part.dora}
+        lora = LoraConfig(target_modules=targets, **settings)
     with warnings.catch_warnings():
         # PEFT asks a transformers model by a name that transformers has deprecated.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        model = get_peft_model(base, LoraConfig(target_modules=targets, **settings), low_cpu_mem_usage=True)
+        model = get_peft_model(base, lora, low_cpu_mem_usage=True)
     return model.train(), targets
 
 

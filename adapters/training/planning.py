@@ -65,6 +65,7 @@ def make_plan(recipe: Recipe, inputs: Inputs | None = None) -> Plan:
     teach_layout(inputs.folder)
     config = AutoConfig.from_pretrained(str(inputs.folder), local_files_only=True)
     model, targets = empty_model(config, recipe, dtype=dtype, device=device)
+    lora = model.peft_config["default"]
     micros = _micro_batches(inputs.train, recipe)
     ledger = Ledger(model, recipe, _largest(micros), device=device, runtime=runtime_bytes(device))
     recompute, available = bool(recipe.train.checkpoint_activations), available_bytes(device)
@@ -79,8 +80,8 @@ def make_plan(recipe: Recipe, inputs: Inputs | None = None) -> Plan:
         dtype=str(dtype).removeprefix("torch."),
         data=inputs.summary,
         data_digest=rows_digest(inputs.rows),
-        rank=recipe.adapter.rank,
-        alpha=recipe.adapter.alpha,
+        rank=lora.r,
+        alpha=lora.lora_alpha,
         targets=tuple(targets),
         num_modules=ledger.num_modules,
         num_parameters=ledger.num_parameters,

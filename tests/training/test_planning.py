@@ -17,7 +17,7 @@ from loractl.adapters.training.recipe import Recipe, resolve_recipe
 from loractl.adapters.training.run import prepare, run
 from loractl.adapters.training.trunk import Trunk
 from loractl.cli.main import run as run_command
-from tiny_models import make_tiny_base
+from tiny_models import make_adapter, make_tiny_base
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -49,6 +49,14 @@ def test_plan_counts_what_the_run_reports(tmp_path: Path, base: Path) -> None:
     )
     assert plan.memory.adapter == 16 * plan.num_parameters
     assert plan.fits
+
+
+def test_run_that_goes_on_is_planned_with_the_rank_and_targets_of_its_beginning(tmp_path: Path, base: Path) -> None:
+    begin = make_adapter(base, tmp_path / "begin", r=4, target_modules=["down_proj"])
+    recipe = _recipe(tmp_path, base, **{"adapter.start_from": str(begin), "adapter.targets": ["W_pack"]})
+    plan = make_plan(recipe)
+    assert (plan.rank, plan.targets, plan.num_modules) == (4, ("down_proj",), 2)
+    assert plan.num_parameters == 2 * 4 * (64 + 32)
 
 
 def test_activations_are_computed_again_only_where_the_run_would_not_fit_otherwise(
