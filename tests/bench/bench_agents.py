@@ -20,7 +20,7 @@ from loractl.adapters.training.recipe import resolve_recipe
 from loractl.adapters.training.run import run
 from tool_base import TEMPLATE
 
-NUM_TRAIN, NUM_ASKED = 160, 60
+NUM_TRAIN, NUM_ASKED = 96, 48
 _CITIES = ["Bern", "Oslo", "Lima", "Cairo", "Porto", "Delhi", "Quito", "Turin", "Ghent", "Kyoto", "Split", "Tunis"]
 _PEOPLE = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Karla", "Leo"]
 _COINS = ["EUR", "USD", "CHF", "JPY", "GBP", "SEK"]
@@ -68,6 +68,7 @@ def main() -> None:
             "out": str(folder / "calls"),
             "data.files": [str(data)],
             "train.epochs": 2,
+            "train.batch_size": 4,
             "train.patience": 0,
         }
         start = time.perf_counter()
