@@ -51,7 +51,7 @@ def answer_error(request: AnyRequest, error: LoractlError) -> Response[Any]:
     request.app.state.hub.metrics.count_error(error)
     if error.status >= 500:
         _log.warning("%s: %s", error.code, error.message)
-    headers = {"X-Error-Message": _header_text(error.message)}
+    headers = {"X-Error-Message": header_text(error.message)}
     hf_code = _HF_CODES.get(type(error))
     if isinstance(error, Unauthenticated) and error.message != INVALID_CREDENTIALS:
         hf_code = "RepoNotFound"
@@ -88,7 +88,7 @@ def answer_http_error(request: AnyRequest, error: HTTPException) -> Response[Any
     if isinstance(error.extra, list) and error.extra:
         detail = "; ".join(f"{item.get('key', 'body')}: {item.get('message', '')}" for item in error.extra)
     body = ErrorBody(error=detail, code=kind.code, request_id=request.scope["state"].get("request_id"))
-    headers = dict(error.headers or {}) | {"X-Error-Message": _header_text(detail)}
+    headers = dict(error.headers or {}) | {"X-Error-Message": header_text(detail)}
     return _response(request, body, status, headers)
 
 
@@ -129,7 +129,8 @@ def _response(request: AnyRequest, body: ErrorBody, status: int, headers: dict[s
     )
 
 
-def _header_text(message: str) -> str:
+def header_text(message: str) -> str:
+    """A text as a header may hold it: one line of Latin-1 without control characters, at most 1,000 of them."""
     return _CONTROL.sub(" ", message).encode("latin-1", "replace").decode("latin-1")[:1000]
 
 

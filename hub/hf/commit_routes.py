@@ -14,6 +14,7 @@ from litestar.params import FromPath, JSONBody
 from loractl.adapters.errors import AdapterInvalid, BadRequest, Conflict, LoractlError, WillNotFit
 from loractl.adapters.validation import check_preupload
 from loractl.hub.access import ActorDep, HubDep, Policy, RepoDep, policy
+from loractl.hub.error_answers import header_text
 from loractl.hub.hf.addresses import decoded, is_true, public_base
 from loractl.hub.hf.bodies import body_lines
 from loractl.hub.registry.commits import Changes
@@ -153,8 +154,7 @@ async def commit(
     }
     warnings = result.record.warnings if result.record is not None else ()
     text = "; ".join(f"{finding.code}: {finding.message}" for finding in warnings)
-    safe = text.replace("\n", " ").replace("\r", " ").encode("latin-1", "replace").decode("latin-1")
-    return Response(body, headers={"X-HF-Warning": f"validation; {safe[:900]}"} if warnings else {})
+    return Response(body, headers={"X-HF-Warning": header_text(f"validation; {text}")} if warnings else {})
 
 
 def _outcome(error: LoractlError) -> str:

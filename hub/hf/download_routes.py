@@ -10,6 +10,7 @@ from litestar.types import ASGIApp
 
 from loractl.hub.access import HubDep, Policy, RepoDep, policy
 from loractl.hub.blobs.store import checked_blocks
+from loractl.hub.error_answers import header_text
 from loractl.hub.hf.addresses import decoded, decoded_path
 from loractl.hub.hf.file_answer import ByteRange, FileAnswer, read_range, started
 from loractl.hub.hf.read_routes import yank_warning
@@ -79,7 +80,7 @@ def _missing(found: MissingFile, message: str) -> ASGIApp:
         status=404,
         headers={
             "X-Error-Code": "EntryNotFound",
-            "X-Error-Message": message.encode("latin-1", "replace").decode("latin-1"),
+            "X-Error-Message": header_text(message),
             # Clients remember by the commit that the file is not there.
             "X-Repo-Commit": found.commit.oid,
             "Content-Length": "0",

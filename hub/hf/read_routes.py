@@ -10,6 +10,7 @@ from litestar.params import FromPath
 from loractl.adapters.errors import BadRequest, EntryNotFound
 from loractl.adapters.reference import DEFAULT_REVISION
 from loractl.hub.access import ActorDep, HubDep, Policy, RepoDep, policy
+from loractl.hub.error_answers import header_text
 from loractl.hub.hf.addresses import decoded, decoded_path, is_true, public_base
 from loractl.hub.hf.views import children, commit_view, file_view, folder_view, model_view, siblings_view
 from loractl.hub.registry.catalogue import Search
@@ -155,8 +156,7 @@ async def warning_headers(hub: Hub, commit_oid: str) -> dict[str, str]:
 
 
 def yank_warning(reason: str) -> str:
-    text = reason.replace("\r", " ").replace("\n", " ").encode("latin-1", "replace").decode("latin-1")
-    return f"yanked; this revision was withdrawn: {text[:500]}"
+    return header_text(f"yanked; this revision was withdrawn: {reason}")
 
 
 async def _paths_body(request: AnyRequest) -> tuple[list[str], bool]:
