@@ -30,14 +30,26 @@ _NUM_READERS = 8
 _DISK_FULL = "53100"
 _BUSY_CLASSES = ("53", "55P03")
 _SERIALIZATION_CLASSES = ("40",)
-_PASSING_CLASSES = ("08", "53", "55P03", "57P", *_SERIALIZATION_CLASSES)
+_PASSING_CLASSES = ("08", "25006", "53", "55P03", "57", "58", *_SERIALIZATION_CLASSES)
 
 
 class Database:
     """A pool of connections; `read` and `write` are the only ways in."""
 
-    def __init__(self, engine: AsyncEngine, writer: AsyncEngine, metrics: HubMetrics) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        writer: AsyncEngine,
+        metrics: HubMetrics,
+        *,
+        driver_errors: tuple[type[Exception], ...] = (),
+    ) -> None:
         self.engine = engine
+        # While it connects, the driver's own errors pass through SQLAlchemy as they are.
+        self._away: tuple[type[BaseException], ...] = (
+            *(InterfaceError, PoolTimeoutError, ConnectionError, TimeoutError),
+            *driver_errors,
+        )
         self._writer = writer
         self._metrics = metrics
         self._write_lock = asyncio.Lock()
@@ -88,10 +100,10 @@ class Database:
     @contextlib.contextmanager
     def _as_unreachable(self) -> Iterator[None]:
         try:
-            with _translated():
+            with _translated(self._away):
                 yield
         except LoractlError as error:
-            if isinstance(error.__cause__, DBAPIError | PoolTimeoutError | ConnectionError):
+            if isinstance(error.__cause__, (DBAPIError, *self._away)):
                 self._metrics.db_errors.labels(kind=_kind(error.__cause__)).inc()
             raise
 
@@ -108,14 +120,14 @@ def _kind(cause: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _translated() -> Iterator[None]:
+def _translated(away: tuple[type[BaseException], ...]) -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
         if "disk is full" in str(error.orig):
             raise disk_full() from error
         raise Unreachable("the hub's database does not answer", retry_after_s=2.0) from error
-    except (InterfaceError, PoolTimeoutError, ConnectionError) as error:
+    except away as error:
         raise Unreachable("the hub's database does not answer", retry_after_s=2.0) from error
     except DBAPIError as error:
         if error.connection_invalidated:
@@ -159,6 +171,8 @@ def open_database(url: str, *, metrics: HubMetrics | None = None) -> Database:
         event.listen(readers.sync_engine, "begin", _begin_snapshot)
         event.listen(writer.sync_engine, "begin", _begin_immediate)
         return Database(readers, writer, metrics)
+    from asyncpg import PostgresError
+
     engine = create_async_engine(
         url,
         pool_size=_NUM_READERS,
@@ -167,7 +181,7 @@ def open_database(url: str, *, metrics: HubMetrics | None = None) -> Database:
         pool_timeout=10.0,
         connect_args={"timeout": 10, "command_timeout": 60},
     )
-    return Database(engine, engine, metrics)
+    return Database(engine, engine, metrics, driver_errors=(PostgresError,))
 
 
 class _LettingGo(sqlite3.Connection):

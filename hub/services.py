@@ -114,5 +114,5 @@ async def open_store(settings: HubSettings) -> BlobStore:
     if settings.blobs is None:
         return LocalBlobStore(settings.root)
     if settings.blobs.startswith("s3://"):
-        return await open_s3(settings.blobs)
+        return await open_s3(settings.blobs, timeout_s=settings.s3_timeout_s)
     raise UsageError(f"--blobs {settings.blobs} is not known", hint="s3://bucket/prefix, or nothing for a folder")

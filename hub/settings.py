@@ -30,6 +30,8 @@ class HubSettings:
     """`postgresql://user:password@host/name`; None: SQLite in `root`."""
     blobs: str | None = None
     """`s3://bucket/prefix` (credentials from the usual `AWS_*` variables); None: files in `root`."""
+    s3_timeout_s: float = 20.0
+    """Of one request to the S3 store, at least 0.1; one that fails sooner is tried again for as long in all."""
     public_url: str | None = None
     """The address that clients use, when a proxy hides it; None: taken from each request's `Host`."""
     anonymous_read: bool = False

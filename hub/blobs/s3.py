@@ -34,10 +34,10 @@ _PART_BYTES = 8 << 20
 _PARTS_AT_ONCE = 3
 _COPY_LIMIT_BYTES = 5 << 30
 """S3 copies no larger object in one request."""
-_REQUEST_TIMEOUT_S = 20
-_RETRY_FOR_S = 15
 _ALIVE_FOR_S = 10.0
-"""How long an answer of `is_alive` is believed: a probe writes an object, and probes come from everywhere."""
+"""How long a yes of `is_alive` is believed, unless a request fails: a probe writes an object, and probes come from
+everywhere."""
+_PROBE_TIMEOUT_S = 5.0
 
 
 class S3BlobStore(BlobStore):
@@ -59,10 +59,18 @@ class S3BlobStore(BlobStore):
         try:
             await self._put(key, _Counted(chunks, hasher, max_bytes=size_bytes))
             yield ReceivedBlob(hasher.finish(sha256=sha256, size_bytes=size_bytes), key)
-        finally:
-            # Should this fail, a sweep finds it.
-            with contextlib.suppress(Unreachable, BlobMissing):
-                await self._delete([key])
+        except Unreachable:
+            # A sweep finds it: the client need not wait until a store that fails has failed once more.
+            raise
+        except BaseException:
+            await self._forget(key)
+            raise
+        await self._forget(key)
+
+    async def _forget(self, key: str) -> None:
+        # Should this fail, a sweep finds it.
+        with contextlib.suppress(Unreachable, BlobMissing):
+            await self._delete([key])
 
     async def publish(self, received: ReceivedBlob) -> None:
         import obstore
@@ -72,7 +80,7 @@ class S3BlobStore(BlobStore):
         if received.blob.size_bytes > _COPY_LIMIT_BYTES:
             await self._put(key, _Counted(self._pieces(received.handle), Hasher(), max_bytes=None))
         else:
-            with _translated(self._address):
+            with self._translated():
                 await obstore.copy_async(self._store, received.handle, key)
         reach("blob-after-rename")
 
@@ -105,7 +113,7 @@ class S3BlobStore(BlobStore):
     async def _get_range(self, key: str, start: int, stop: int) -> bytes:
         import obstore
 
-        with _translated(self._address):
+        with self._translated():
             found = await obstore.get_range_async(self._store, key, start=start, end=stop)
         return found.to_bytes()
 
@@ -116,7 +124,7 @@ class S3BlobStore(BlobStore):
         import obstore
 
         try:
-            with _translated(self._address):
+            with self._translated():
                 return (await obstore.head_async(self._store, key))["size"]
         except BlobMissing:
             return None
@@ -128,7 +136,7 @@ class S3BlobStore(BlobStore):
     async def _delete(self, keys: list[str]) -> None:
         import obstore
 
-        with _translated(self._address):
+        with self._translated():
             await obstore.delete_async(self._store, keys)
 
     async def list_blobs(self) -> AsyncIterator[ListedBlob]:
@@ -138,7 +146,7 @@ class S3BlobStore(BlobStore):
     async def _list(self, prefix: str) -> AsyncIterator[tuple[str, int, float]]:
         import obstore
 
-        with _translated(self._address):
+        with self._translated():
             async for found in obstore.list(self._store, prefix=prefix, chunk_size=1000):
                 for meta in found:
                     yield meta["path"], meta["size"], meta["last_modified"].timestamp()
@@ -191,7 +199,7 @@ class S3BlobStore(BlobStore):
         if time.monotonic() < self._alive_until:
             return True
         try:
-            async with asyncio.timeout(5.0):
+            async with asyncio.timeout(_PROBE_TIMEOUT_S):
                 await self.probe()
         except (Unreachable, BlobMissing, TimeoutError):
             return False
@@ -203,10 +211,30 @@ class S3BlobStore(BlobStore):
         import obstore
 
         key = f"staging/probe-{secrets.token_hex(8)}"
-        with _translated(self._address):
+        with self._translated():
             await obstore.put_async(self._store, key, key.encode(), use_multipart=False)
             await obstore.get_range_async(self._store, key, start=0, end=len(key))
             await obstore.delete_async(self._store, key)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Errors of the store as ours; after one of them `is_alive` asks anew."""
+        from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
+
+        try:
+            yield
+        except (NotFoundError, FileNotFoundError) as error:
+            raise BlobMissing(f"an object is not in {self._address}", hint="run `loractl hub fsck`") from error
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            self._alive_until = 0.0
+            raise Unreachable(
+                f"{self._address} refuses the hub's credentials",
+                hint="AWS_ACCESS_KEY_ID and its like",
+                retry_after_s=30.0,
+            ) from error
+        except (BaseError, OSError) as error:
+            self._alive_until = 0.0
+            raise Unreachable(f"{self._address} does not answer as it should", retry_after_s=5.0) from error
 
     async def _put(self, key: str, counted: "_Counted") -> None:
         """Send a stream: one request when it is small, else parts of which a few are in memory at a time."""
@@ -214,7 +242,7 @@ class S3BlobStore(BlobStore):
 
         head = await counted.take(_PART_BYTES)
         try:
-            with _translated(self._address):
+            with self._translated():
                 if counted.is_done:
                     await obstore.put_async(self._store, key, head, use_multipart=False)
                     return
@@ -282,23 +310,7 @@ def _missing(key: str) -> BlobMissing:
     return BlobMissing(f"object {key} is not in the store", hint="run `loractl hub fsck`")
 
 
-@contextlib.contextmanager
-def _translated(address: str) -> Iterator[None]:
-    from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
-
-    try:
-        yield
-    except (NotFoundError, FileNotFoundError) as error:
-        raise BlobMissing(f"an object is not in {address}", hint="run `loractl hub fsck`") from error
-    except (PermissionDeniedError, UnauthenticatedError) as error:
-        raise Unreachable(
-            f"{address} refuses the hub's credentials", hint="AWS_ACCESS_KEY_ID and its like", retry_after_s=30.0
-        ) from error
-    except (BaseError, OSError) as error:
-        raise Unreachable(f"{address} does not answer as it should", retry_after_s=5.0) from error
-
-
-async def open_s3(url: str) -> S3BlobStore:
+async def open_s3(url: str, *, timeout_s: float = 20.0) -> S3BlobStore:
     """Open `s3://bucket/prefix` with the usual `AWS_*` variables, and write to it once.
 
     Raises UsageError for a wrong address or a bucket that is not there, Unreachable when it does not answer.
@@ -317,14 +329,14 @@ async def open_s3(url: str) -> S3BlobStore:
         prefix=parts.path.strip("/") or None,
         config=config | {"checksum_algorithm": "SHA256"},
         client_options={
-            "timeout": timedelta(seconds=_REQUEST_TIMEOUT_S),
-            "connect_timeout": timedelta(seconds=5),
+            "timeout": timedelta(seconds=max(timeout_s, 0.1)),
+            "connect_timeout": timedelta(seconds=min(max(timeout_s, 0.1), 5.0)),
             # Only where the operator wrote http:// for the endpoint; credentials are signed, not sent.
             "allow_http": bool(endpoint) and str(endpoint).startswith("http://"),
         },
         retry_config={
             "max_retries": 5,
-            "retry_timeout": timedelta(seconds=_RETRY_FOR_S),
+            "retry_timeout": timedelta(seconds=timeout_s),
             "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=3), "base": 2},
         },
     )

@@ -43,6 +43,9 @@ class FaultyProxy:
     """Part of a path: the answer to the next POST for it becomes 502, though the hub has done its work."""
     refuse: tuple[str, int, dict[str, str]] | None = None
     """Part of a path, a status and headers: the next request for it never reaches the hub."""
+    outage: str | None = None
+    """Until this is None again, every request is answered by 500 (`"500"`), by nothing (`"hang"`), or done and its
+    answer cut off in the middle (`"cut"`)."""
 
     def paths(self, method: str) -> list[str]:
         return [one.path for one in self.seen if one.method == method]
@@ -81,6 +84,11 @@ class _Handler(BaseHTTPRequestHandler):
             state.refuse = None
             self._answer(status, list(headers.items()), b"{}")
             return
+        if state.outage == "500":
+            self._answer(500, [], b"")
+            return
+        while state.outage == "hang":
+            time.sleep(0.02)
         self._wait()
         upstream: str = self.server.upstream  # type: ignore[attr-defined]
         with contextlib.closing(http.client.HTTPConnection(upstream, timeout=120)) as connection:
@@ -96,6 +104,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(502, [], b"{}")
             return
         headers_out = [(k, v) for k, v in answer.getheaders() if k.lower() not in _HOP_BY_HOP]
+        if state.outage == "cut":
+            with contextlib.suppress(ConnectionError):
+                self._head(answer.status, headers_out, len(data) or 1)
+                self.wfile.write(data[: len(data) // 2])
+            return
         if state.cut is not None and state.cut[0] in self.path and self.command == "GET":
             num_bytes = state.cut[1]
             state.cut = None

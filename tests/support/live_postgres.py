@@ -93,6 +93,31 @@ class LivePostgres:
             self._process.wait(10.0)
         self._process = None
 
+    def kill(self) -> None:
+        """Kill the server and all its children as a machine that dies would; the next start recovers."""
+        assert self._process is not None
+        pids = [self._process.pid, *self._children()]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait(20.0)
+        self._process = None
+
+    def kill_backend(self) -> bool:
+        """Kill one process that serves a client; the server then ends all others and recovers by itself."""
+        for pid in self._children():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                # Its title: "postgres: USER DATABASE ADDRESS(PORT) STATE".
+                if b"127.0.0.1(" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+                    return True
+        return False
+
+    def _children(self) -> list[int]:
+        assert self._process is not None
+        pid = self._process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
     def _answers(self) -> bool:
         async def ask() -> None:
             connection = await asyncpg.connect(self.url(), timeout=5)
