@@ -24,8 +24,10 @@ MAX_DIMENSIONS = 8
 MAX_NAME_LENGTH = 512
 MAX_METADATA_BYTES = 64 << 10
 
-# Brackets and commas: an honest tensor has seven. Bounds what a hostile header can make us build.
-_MAX_STRUCTURE = 16 * MAX_TENSORS
+# Square brackets, commas and colons of one tensor: nine and one more for each dimension. Of all: most have two.
+# Together they bound what a hostile header can make us build.
+_MAX_STRUCTURE_OF_ONE = 9 + MAX_DIMENSIONS
+_MAX_STRUCTURE = 14 * MAX_TENSORS
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 _CHUNK_BYTES = 4 << 20
 
@@ -194,8 +196,11 @@ def _parse_header(header: bytes, *, where: str) -> dict[str, Any]:
         _refuse(where, "the header does not begin with '{'")
     if header.rstrip(b" ")[-1:] != b"}":
         _refuse(where, "the header does not end with '}' and spaces")
-    too_many = header.count(b"{") > 2 * MAX_TENSORS  # one a tensor; text in the metadata may hold some
-    if too_many or header.count(b"[") + header.count(b",") > _MAX_STRUCTURE:
+    num_objects = header.count(b"{")
+    num_parts = header.count(b"[") + header.count(b",") + header.count(b":")
+    # Text in the metadata may hold any of them.
+    most_parts = min(_MAX_STRUCTURE, _MAX_STRUCTURE_OF_ONE * num_objects) + MAX_METADATA_BYTES
+    if num_objects > 2 * MAX_TENSORS or num_parts > most_parts:
         _refuse(where, f"the header holds more than {MAX_TENSORS:,} tensors can need")
     try:
         document = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
