@@ -16,6 +16,9 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from loractl.hub.metrics import HubMetrics
 
+BODY_IS_CUT = "body_is_cut"
+"""In a request's state: its body ended before it was whole."""
+
 _access = logging.getLogger("loractl.hub.access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -53,7 +56,7 @@ class Edge:
 
         self._metrics.http_in_flight.inc()
         try:
-            await self._app(scope, _bounded(receive, self._body_timeout_s), send_marked)
+            await self._app(scope, _bounded(receive, state, self._body_timeout_s), send_marked)
         finally:
             self._metrics.http_in_flight.dec()
             seconds = time.perf_counter() - started
@@ -89,8 +92,8 @@ def _request_id(scope: Scope) -> str:
     return secrets.token_hex(8)
 
 
-def _bounded(receive: Receive, timeout_s: float) -> Receive:
-    """Give up on a client that stops sending in the middle of a body."""
+def _bounded(receive: Receive, state: dict[str, Any], timeout_s: float) -> Receive:
+    """Give up on a client that stops sending in the middle of a body; `state` notes when one stopped or left."""
     is_complete = False
 
     async def bounded() -> Any:
@@ -101,9 +104,9 @@ def _bounded(receive: Receive, timeout_s: float) -> Receive:
             async with asyncio.timeout(timeout_s):
                 message = await receive()
         except TimeoutError:
-            is_complete = True
-            return {"type": "http.disconnect"}
+            message = {"type": "http.disconnect"}
         is_complete = message["type"] != "http.request" or not message.get("more_body", False)
+        state[BODY_IS_CUT] = message["type"] == "http.disconnect"
         return message
 
     return bounded

@@ -29,6 +29,7 @@ from loractl.adapters.errors import (
     RevisionNotFound,
     Unauthenticated,
 )
+from loractl.hub.edge import BODY_IS_CUT
 from loractl.hub.registry.repos import RepoMoved
 from loractl.hub.wire import API_PREFIX, ErrorBody
 
@@ -81,6 +82,9 @@ def _text_of(request: AnyRequest, error: LoractlError) -> str:
 def answer_http_error(request: AnyRequest, error: HTTPException) -> Response[Any]:
     """The answer to what Litestar refuses by itself: unknown routes, bodies that are not what the route takes."""
     status, detail = error.status_code, error.detail
+    if status == 500 and request.scope["state"].get(BODY_IS_CUT):
+        # The framework takes that for a fault of its own.
+        status, detail = 400, "the client stopped sending in the middle of the body"
     if status == 405 and not request.scope["path"].startswith("/api/"):
         # A page is at TEAM/NAME; clients that ask something else of such an address go on from a 404 alone.
         status, detail = 404, "Not Found"

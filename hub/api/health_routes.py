@@ -7,6 +7,9 @@ from litestar import Response, get
 
 from loractl.hub.access import HubDep, Policy, policy
 
+# Litestar adds the charset.
+_PROMETHEUS = "text/plain; version=0.0.4"
+
 
 @get("/healthz", opt=policy(Policy.PUBLIC))
 async def healthz() -> dict[str, Any]:
@@ -22,7 +25,7 @@ async def readyz(hub: HubDep) -> Response[dict[str, Any]]:
     return Response({"ready": is_ready, **checks}, status_code=200 if is_ready else 503)
 
 
-@get("/metrics", opt=policy(Policy.PUBLIC))
+@get("/metrics", opt=policy(Policy.PUBLIC), media_type=_PROMETHEUS)
 async def metrics(hub: HubDep) -> Response[bytes]:
     """The page for Prometheus."""
     checks = await _checks(hub)
@@ -42,7 +45,7 @@ async def metrics(hub: HubDep) -> Response[bytes]:
         hub.metrics.db_connections.labels(state=state).set(num_connections)
     if checks["blobs"] and (free := await hub.store.free_bytes()) is not None:
         hub.metrics.storage_free_bytes.set(free)
-    return Response(hub.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(hub.metrics.text(), media_type=_PROMETHEUS)
 
 
 async def _checks(hub: HubDep) -> dict[str, bool]:

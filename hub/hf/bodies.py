@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from litestar import Request
-from litestar.exceptions import ClientException
+from litestar.exceptions import ClientException, InternalServerException
 
 from loractl.adapters.errors import BadRequest, WillNotFit
 
@@ -32,7 +32,7 @@ async def body_chunks(request: AnyRequest, *, max_bytes: int) -> AsyncIterator[b
             if num_bytes > max_bytes:
                 raise WillNotFit(f"the body is over the limit of {max_bytes:,} bytes")
             yield chunk
-    except ClientException as error:
+    except (ClientException, InternalServerException) as error:
         raise BadRequest("the client stopped sending in the middle of the body") from error
 
 
