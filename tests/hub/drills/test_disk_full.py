@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,13 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from drills import LONG
 from hub_nursery import nursery
 from push_books import Books, look, push
 
 pytestmark = pytest.mark.drill
 
-LONG = os.environ.get("LORACTL_DRILLS") == "long"
-NUM_ROUNDS, DISK_MIB = (20, 8) if LONG else (2, 8)
+NUM_ROUNDS, DISK_MIB = (20, 8) if LONG else (1, 8)
 _MOUNT = f'mount -t tmpfs -o size={DISK_MIB}m tmpfs "$0" && exec "$@"'
 
 

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +10,12 @@ import httpx
 import numpy as np
 import pytest
 
+from drills import LONG
 from hostile_files import CONFIG, PREFIX, WEIGHTS, entry, sound_config
 from hub_nursery import nursery
 
 pytestmark = pytest.mark.drill
 
-LONG = os.environ.get("LORACTL_DRILLS") == "long"
 # Layers with an A and a B of 2 MiB each, as a 7B base's are at a high rank.
 NUM_LAYERS = 125 if LONG else 32
 HALF_BYTES = 2 << 20

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from drills import LONG
 from loractl.hub.database import SQLITE_FILE
 from power_cut import Disk, Step, build_shim, read_record
 from push_books import Books, look
 
 pytestmark = pytest.mark.drill
 
-LONG = os.environ.get("LORACTL_DRILLS") == "long"
-NUM_CUTS, NUM_PUSHES = (1000, 40) if LONG else (120, 14)
+NUM_CUTS, NUM_PUSHES = (1000, 40) if LONG else (45, 14)
 
 
 def _record(folder: Path) -> list[Step]:

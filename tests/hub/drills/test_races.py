@@ -3,7 +3,6 @@
 import concurrent.futures
 import itertools
 import json
-import os
 import random
 import threading
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
+from drills import LONG
 from hub_nursery import Hatched, Nursery, nursery
 from push_books import Books, look, push
 
 pytestmark = pytest.mark.drill
 
-LONG = os.environ.get("LORACTL_DRILLS") == "long"
 _OWN = "/api/loractl/v1/adapters/team/name"
 
 
@@ -45,7 +44,7 @@ def _versions(http: httpx.Client, count: int) -> list[str]:
 
 
 def test_of_fifty_promoters_one_wins_each_round_and_history_is_a_chain(forks: Nursery, tmp_path: Path) -> None:
-    num_clients, num_rounds = 50, 40 if LONG else 6
+    num_clients, num_rounds = 50, 40 if LONG else 2
     hub = forks.serve(tmp_path / "hub")
     with _http(hub) as http, concurrent.futures.ThreadPoolExecutor(num_clients) as pool:
         commits = _versions(http, 3)
@@ -81,7 +80,7 @@ def test_of_fifty_promoters_one_wins_each_round_and_history_is_a_chain(forks: Nu
 
 
 def test_no_reader_sees_a_mixture_while_a_channel_moves(forks: Nursery, tmp_path: Path) -> None:
-    num_moves, num_readers = 1000 if LONG else 100, 4
+    num_moves, num_readers = 1000 if LONG else 40, 4
     hub = forks.serve(tmp_path / "hub")
     over = threading.Event()
     with _http(hub) as http, concurrent.futures.ThreadPoolExecutor(num_readers) as pool:
@@ -122,7 +121,7 @@ def test_no_reader_sees_a_mixture_while_a_channel_moves(forks: Nursery, tmp_path
 
 
 def test_gc_without_grace_beside_pushes_and_deletions_loses_nothing_alive(forks: Nursery, tmp_path: Path) -> None:
-    num_turns, num_clients = (150, 4) if LONG else (12, 3)
+    num_turns, num_clients = (150, 4) if LONG else (9, 3)
     root, books = tmp_path / "hub", Books()
     hub = forks.serve(root)
     over = threading.Event()
