@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hostile_files import CONFIG, HOSTILE, WEIGHTS, sound_config, sound_files, weights
+from hostile_files import CONFIG, HOSTILE, WEIGHTS, safetensors_bytes, sound_config, sound_files, weights
 from loractl.adapters.digest import folder_digest
 from loractl.adapters.validation import (
     FolderTree,
@@ -31,6 +31,21 @@ def test_sound_adapter_has_a_digest_and_no_rejection() -> None:
     record = validate_tree(MemoryTree(sound_files()))
     assert record.rejections == ()
     assert list(record.digests) == [""]
+
+
+def test_hostile_file_in_a_folder_is_found_too() -> None:
+    inner = {
+        f"sub/{name}": data for name, data in (sound_files() | {WEIGHTS: weights(b=np.full((64, 4), np.inf))}).items()
+    }
+    record = validate_tree(MemoryTree(sound_files() | inner))
+    assert {finding.code for finding in record.rejections} == {"E_NONFINITE"}
+
+
+def test_spaces_after_a_header_are_legal() -> None:
+    data = weights()
+    length = int.from_bytes(data[:8], "little")
+    padded = safetensors_bytes(data[8 : 8 + length] + b" " * 7, data[8 + length :])
+    assert validate_tree(MemoryTree(sound_files() | {WEIGHTS: padded})).rejections == ()
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -1,7 +1,9 @@
 """Hostile adapters, made by code: each is a sound one with exactly one thing wrong, and the check that must find it."""
 
+import io
 import json
 import struct
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +77,17 @@ def _nan() -> Any:
     values = np.ones((4, 64), dtype=np.float32)
     values[3, 63] = np.nan
     return values
+
+
+def _halves(dtype: str) -> dict[str, Any]:
+    return {A: entry([4, 64], 0, 512, dtype), B: entry([64, 4], 512, 1024, dtype)}
+
+
+def _zipped(name: str) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(name, b"x" * 2000)
+    return stream.getvalue()
 
 
 # name -> (check that must refuse it, files put over a sound adapter)
@@ -168,6 +181,54 @@ HOSTILE: dict[str, tuple[str, Callable[[], Files]]] = {
     "file and folder": ("E_PATH", lambda: {"notes": b"x", "notes/a.txt": b"x"}),
     "long part": ("E_PATH", lambda: {"x" * 256: b"x"}),
     "too many files": ("E_SIZE", lambda: {f"f{i}.txt": b"x" for i in range(1001)}),
+    "offsets in reverse": (
+        "E_ST_HEADER",
+        lambda: _header(_SOUND | {A: {"dtype": "F32", "shape": [4, 64], "data_offsets": [1024, 0]}}),
+    ),
+    "offset with a fraction": (
+        "E_ST_HEADER",
+        lambda: _header(_SOUND | {A: {"dtype": "F32", "shape": [4, 64], "data_offsets": [0, 1024.0]}}),
+    ),
+    "nine dimensions": ("E_ST_HEADER", lambda: _header(_SOUND | {A: entry([4, 64, *[1] * 7], 0, 1024)})),
+    "20,001 sound tensors": (
+        "E_ST_HEADER",
+        lambda: _header({f"a{i}": entry([1], i, i + 1, "U8") for i in range(20_001)}, b"x" * 20_001),
+    ),
+    "NaN in F16": ("E_NONFINITE", lambda: _header(_halves("F16"), b"\xff\x7f" * 512)),
+    "infinity in BF16": ("E_NONFINITE", lambda: _header(_halves("BF16"), b"\x80\x7f" * 512)),
+    "zip after the weights": ("E_ST_HEADER", lambda: {WEIGHTS: weights() + _zipped("data.pkl")}),
+    "pickle in a zip": ("E_PICKLE", lambda: {"notes.dat": _zipped("archive/data.pkl")}),
+    "pickle by a name in capitals": ("E_PICKLE", lambda: {"MODEL.CKPT": b"anything"}),
+    "magnitude of another length": (
+        "E_AB",
+        lambda: {
+            CONFIG: sound_config(use_dora=True),
+            WEIGHTS: weights(**{f"{PREFIX}.lora_magnitude_vector.weight": np.ones(63)}),
+        },
+    ),
+    "rank beside its pattern": ("E_AB", lambda: {CONFIG: sound_config(rank_pattern={"q_proj": 8})}),
+    "rank below zero": ("E_CFG", lambda: {CONFIG: sound_config(r=-1)}),
+    "true as rank": ("E_CFG", lambda: {CONFIG: sound_config(r=True)}),
+    "alpha 0": ("E_CFG", lambda: {CONFIG: sound_config(lora_alpha=0)}),
+    "alpha infinite": ("E_CFG", lambda: {CONFIG: sound_config(lora_alpha=float("inf"))}),
+    "config without a kind": ("E_CFG", lambda: {CONFIG: b"{}"}),
+    "config nested deep": ("E_CFG", lambda: {CONFIG: b'{"a":' * 30_000 + b"1" + b"}" * 30_000}),
+    "config with a long number": ("E_CFG", lambda: {CONFIG: b'{"r":' + b"9" * 10_000 + b"}"}),
+    "base at home": ("E_LOCALPATH", lambda: {CONFIG: sound_config(base_model_name_or_path="~/base")}),
+    "base nearby": ("E_LOCALPATH", lambda: {CONFIG: sound_config(base_model_name_or_path="../base")}),
+    "file to read at the start": (
+        "E_LOCALPATH",
+        lambda: {CONFIG: sound_config(corda_config={"cache_file": "/etc/passwd"})},
+    ),
+    "trust_remote_code": ("E_CODE", lambda: {"config.json": b'{"trust_remote_code":true}'}),
+    "auto_map inside": ("E_CODE", lambda: {"x.json": b'{"a":[{"auto_map":{"AutoModel":"evil.Model"}}]}'}),
+    "cache folder": ("E_PATH", lambda: {".cache/x": b"x"}),
+    "long path": ("E_PATH", lambda: {"/".join(["d" * 100] * 11): b"x"}),
+    "NUL in a name": ("E_PATH", lambda: {"a\0b": b"x"}),
+    "half a surrogate": ("E_PATH", lambda: {"a\ud800": b"x"}),
+    "colon": ("E_PATH", lambda: {"a:b.txt": b"x"}),
+    "dot at the end": ("E_PATH", lambda: {"a./b.txt": b"x"}),
+    "same but for case in Unicode": ("E_PATH", lambda: {"straße.txt": b"x", "STRASSE.txt": b"x"}),
     "fingerprint is none": ("E_BASE_PIN", lambda: {"loractl.json": b'{"base":{"id":"x","fingerprint":"abc"}}'}),
     "manifest of the future": ("E_BASE_PIN", lambda: {"loractl.json": b'{"schema_version":99}'}),
 }
