@@ -58,7 +58,7 @@ charts-checkov: dev ## checkov on the chart but for what users add (extras); a l
 	done
 	build/checkov/bin/checkov --skip-download --config-file charts/checkov.yaml --directory build/rendered
 
-drills: dev ## The fault drills at full length, figures printed (minutes)
+drills: dev ## The fault drills at full length, figures printed (500 kills of the hub, 1,000 power cuts; half an hour)
 	LORACTL_DRILLS=long $(BIN)/pytest -q -s -m drill
 
 bench-train: dev ## Training against transformers' Trainer, fleets against single runs (20 minutes, a quiet machine)
