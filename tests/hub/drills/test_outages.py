@@ -8,6 +8,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import random
 import secrets
@@ -89,11 +90,11 @@ def _client(load: _Load, number: int) -> None:
         for turn in range(1_000_000):
             # Now and then in parts: more than one of S3's.
             text = f"{number}-{turn} " * (8000 if turn % 20 == 7 else 1)
-            _patiently(load, lambda text=text: push(http, load.books, repo, text))
+            _patiently(load, functools.partial(push, http, load.books, repo, text))
             _patiently(load, lambda: _checked(http.post(_promote_path(repo), json=_TO_PROD)))
             with load.books.lock:
                 key, files = chance.choice([one for one in load.books.commits.items() if one[0][0] == repo])
-            _patiently(load, lambda key=key, files=files: _read(http, key, files, chance.choice(_FILES)))
+            _patiently(load, functools.partial(_read, http, key, files, chance.choice(_FILES)))
             if load.over.is_set():
                 return
 
