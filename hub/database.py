@@ -103,8 +103,9 @@ class Database:
             with _translated(self._away):
                 yield
         except LoractlError as error:
-            if isinstance(error.__cause__, (DBAPIError, *self._away)):
-                self._metrics.db_errors.labels(kind=_kind(error.__cause__)).inc()
+            cause = error.__cause__
+            if cause is not None and isinstance(cause, (DBAPIError, *self._away)):
+                self._metrics.db_errors.labels(kind=_kind(cause)).inc()
             raise
 
 
