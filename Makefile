@@ -67,6 +67,10 @@ bench-train: dev ## Training against transformers' Trainer, fleets against singl
 bench-hub: dev ## The hub's speed beside cp and sha256sum, and how lookups grow, as JSON lines (minutes)
 	PYTHONPATH=tests/support $(BIN)/python tests/bench/bench_hub.py
 
+bench-http: dev ## The same burst through `loractl serve` and through the engine alone, as JSON lines (minutes, a quiet machine)
+	PYTHONPATH=tests/support $(BIN)/python tests/bench/bench_http.py
+	PYTHONPATH=tests/support $(BIN)/python tests/bench/bench_http.py --distinct 32
+
 bench-cuda: dev ## On a machine with an NVIDIA card: is it right, how fast; under ten minutes, build/bench-cuda.json
 	mkdir -p build
 	PYTHONPATH=tests/support $(BIN)/python tests/bench/bench_cuda.py --out build/bench-cuda.json
@@ -80,4 +84,4 @@ clean: ## Remove what was made here (not the caches in ~/.cache/loractl)
 conformance: dev ## The Hugging Face protocol, every client on both kinds of hub (ONLY=0.36.2 picks); JUnit in build/conformance
 	$(BIN)/python tests/support/run_conformance.py --all $(if $(ONLY),--only $(ONLY))
 
-.PHONY: bench-cuda bench-hub bench-train conformance help ns dev lint types check test help-snapshots demo charts charts-checkov drills ops-up clean
+.PHONY: bench-cuda bench-http bench-hub bench-train conformance help ns dev lint types check test help-snapshots demo charts charts-checkov drills ops-up clean

@@ -32,6 +32,7 @@ def _exponent(context: click.Context, option: click.Parameter, value: str) -> fl
 @click.option("--key", envvar="LORACTL_API_KEY", help="An API key of the server.")
 @click.option("--model", "models", multiple=True, help="Repeatable; all of /v1/models if not given.")
 @click.option("--popularity", "zipf", callback=_exponent, default="uniform", help="uniform or zipf:1.0.")
+@click.option("--in-turn", is_flag=True, help="Models one after the other instead of by chance.")
 @click.option("--requests", "num_requests", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Clients, each in turn.")
 @click.option("--rate", "rate_per_s", type=click.FloatRange(0, min_open=True), help="Random arrivals a second.")
@@ -57,6 +58,7 @@ def serve(*, url: str, key: str | None, models: tuple[str, ...], heed_eos: bool,
     seen, seconds = asyncio.run(run_load(url, key, load))
     figures = summarize(seen, seconds)
     popularity = "uniform" if load.zipf is None else f"zipf:{load.zipf}"
+    popularity = "in turn" if load.in_turn else popularity
     setup = {"server": url, "models": len(load.models), "popularity": popularity}
     sizes = {"prompt_tokens": load.prompt_tokens, "max_output_tokens": load.output_tokens}
     arrivals = {"rate_per_s": load.rate_per_s} if load.rate_per_s else {"concurrency": load.concurrency}

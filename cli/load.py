@@ -1,20 +1,39 @@
 """Load on any OpenAI-compatible server and what its clients saw. Knows HTTP and clocks; no engine, no click."""
 
 import asyncio
-import json
 import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import httpx
+import msgspec
+
+from loractl.cli.event_streams import EventStreams
 
 # Every tokenizer has this many tokens, and none of these ends a sequence by being sent in a prompt.
 _PROMPT_TOKEN_IDS = range(16, 256)
+_TIMEOUT_S = 600.0
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +52,8 @@ class Load:
     output_tokens: int = 64
     zipf: float | None = None
     ignore_eos: bool = True
+    in_turn: bool = False
+    """One model after the other instead of by chance, so that each of N requests in flight has its own."""
     seed: int = 0
 
 
@@ -57,6 +78,8 @@ class Seen:
 
 def pick_models(load: Load) -> list[str]:
     """The model of each request, in order of sending."""
+    if load.in_turn:
+        return [load.models[number % len(load.models)] for number in range(load.num_requests)]
     chance = random.Random(load.seed)  # noqa: S311 - traffic to measure with, no secret
     weights = [1.0 if load.zipf is None else 1.0 / (place + 1) ** load.zipf for place in range(len(load.models))]
     return chance.choices(list(load.models), weights, k=load.num_requests)
@@ -64,20 +87,18 @@ def pick_models(load: Load) -> list[str]:
 
 async def run_load(url: str, key: str | None, load: Load) -> tuple[list[Seen], float]:
     """Send everything; return what was seen of each request, and the seconds from the first to the last."""
-    import httpx
-
     chance = random.Random(load.seed + 1)  # noqa: S311 - as above
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers, limits=limits, timeout=600.0) as http:
+    streams = EventStreams(url, key=key)
 
-        async def send(model: str) -> Seen:
-            return await _ask(http, model, [chance.choice(_PROMPT_TOKEN_IDS) for _ in range(load.prompt_tokens)], load)
+    async def send(model: str) -> Seen:
+        prompt = [chance.choice(_PROMPT_TOKEN_IDS) for _ in range(load.prompt_tokens)]
+        return await _ask(streams, model, prompt, load)
 
-        started = time.perf_counter()
-        arrive = _closed_loop if load.rate_per_s is None else _open_loop
-        seen = await arrive(pick_models(load), send, load)
-        return seen, time.perf_counter() - started
+    started = time.perf_counter()
+    arrive = _closed_loop if load.rate_per_s is None else _open_loop
+    seen = await arrive(pick_models(load), send, load)
+    streams.close()
+    return seen, time.perf_counter() - started
 
 
 async def _closed_loop(models: list[str], send: Callable[[str], Awaitable[Seen]], load: Load) -> list[Seen]:
@@ -102,9 +123,7 @@ async def _open_loop(models: list[str], send: Callable[[str], Awaitable[Seen]], 
     return await asyncio.gather(*tasks)
 
 
-async def _ask(http: "httpx.AsyncClient", model: str, prompt: list[int], load: Load) -> Seen:
-    import httpx
-
+async def _ask(streams: EventStreams, model: str, prompt: list[int], load: Load) -> Seen:
     body: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
@@ -117,33 +136,31 @@ async def _ask(http: "httpx.AsyncClient", model: str, prompt: list[int], load: L
         body["ignore_eos"] = True
     seen = Seen(model=model, started_s=time.perf_counter())
     try:
-        async with http.stream("POST", "/v1/completions", json=body) as response:
-            if not response.is_success:
-                seen.failure = str(response.status_code)
-                return seen
-            async for line in response.aiter_lines():
-                _note(line, seen)
-    except httpx.HTTPError as error:
+        async with asyncio.timeout(_TIMEOUT_S):
+            status = await streams.post("/v1/completions", msgspec.json.encode(body), lambda data: _note(data, seen))
+        if status != HTTPStatus.OK:
+            seen.failure = str(status)
+    except (OSError, TimeoutError, ValueError) as error:
         seen.failure = type(error).__name__
-    finally:
-        seen.ended_s = time.perf_counter()
+    seen.ended_s = time.perf_counter()
     if seen.failure is None and not seen.chunks_s:
         seen.failure = "no token came"
     return seen
 
 
-def _note(line: str, seen: Seen) -> None:
-    if not line.startswith("data: ") or line == "data: [DONE]":
+def _note(data: bytes, seen: Seen) -> None:
+    if data == b"[DONE]":
         return
-    now, event = time.perf_counter(), json.loads(line.removeprefix("data: "))
-    if "error" in event:
-        seen.failure = str(event["error"].get("code") or event["error"].get("type") or "error")
+    now, event = time.perf_counter(), _decode(data)
+    if event.error is not None:
+        facts = event.error if isinstance(event.error, dict) else {}
+        seen.failure = str(facts.get("code") or facts.get("type") or "error")
         return
     # The last chunk may say only why the answer ended.
-    if any(choice.get("text") for choice in event.get("choices", [])):
+    if any(choice.text for choice in event.choices):
         seen.chunks_s.append(now)
-    if event.get("usage"):
-        seen.num_tokens = event["usage"]["completion_tokens"]
+    if event.usage is not None:
+        seen.num_tokens = event.usage.completion_tokens
 
 
 def summarize(seen: Sequence[Seen], seconds: float) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Knows tickets and ASGI; refuses to know what an answer looks like (see `replies`
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 import msgspec
 from litestar.types import Receive, Scope, Send
@@ -92,18 +93,58 @@ class EventStream:
         # Proxies (nginx) buffer streams unless they are told not to.
         headers.append((b"x-accel-buffering", b"no"))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        try:
-            async for chunk in self._chunks:
-                await self._write(send, chunk, more=True)
-        except LoractlError as error:
-            # The status line has gone: the error is an event, then the stream ends.
-            await self._write(send, server_event(msgspec.json.encode(error_reply(error))), more=True)
-        await self._write(send, b"", more=False)
+        with _WriteLimit(self._write_timeout_s) as limit:
+            try:
+                async for chunk in self._chunks:
+                    # While a chunk waits, later tokens gather in the ticket and go out together.
+                    limit.begins()
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    limit.ends()
+            except LoractlError as error:
+                # The status line has gone: the error is an event, then the stream ends.
+                event = server_event(msgspec.json.encode(error_reply(error)))
+                limit.begins()
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            limit.begins()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _write(self, send: Send, chunk: bytes, *, more: bool) -> None:
-        """Send one chunk. While it waits, later tokens gather in the ticket and go out together."""
-        try:
-            async with asyncio.timeout(self._write_timeout_s):
-                await send({"type": "http.response.body", "body": chunk, "more_body": more})
-        except TimeoutError as error:
+
+class _WriteLimit:
+    """Ends the task that opened it with SlowReader when one of its writes takes too long.
+
+    One timer a stream, looked at when it is due: a timer of its own for every token would cost as much as the token.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._began_at: float | None = None
+        self._has_struck = False
+        self._timer = self._loop.call_later(limit_s, self._look)
+
+    def begins(self) -> None:
+        self._began_at = self._loop.time()
+
+    def ends(self) -> None:
+        self._began_at = None
+
+    def _look(self) -> None:
+        waited_s = 0.0 if self._began_at is None else self._loop.time() - self._began_at
+        if waited_s < self._limit_s:
+            self._timer = self._loop.call_later(self._limit_s - waited_s, self._look)
+        elif self._task is not None:
+            self._has_struck = True
+            self._task.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        is_mine = self._has_struck and isinstance(error, asyncio.CancelledError)
+        # If somebody else cancels too, it stays a cancellation.
+        if is_mine and self._task is not None and self._task.uncancel() == 0:
             raise SlowReader from error
