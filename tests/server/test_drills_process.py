@@ -95,6 +95,7 @@ async def test_slow_clients_are_cut_while_others_are_answered(tmp_path: Path, ma
         request_line = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-slow: "
         slow = [asyncio.create_task(_drip(server.port, request_line, b"x")) for _ in range(num_slow)]
         slow += [asyncio.create_task(_drip(server.port, head(10_000), b" ")) for _ in range(num_slow)]
+        beside_senders = await ask(100)
         readers = [await asyncio.to_thread(_never_read, server.port, wide) for _ in range(num_readers)]
         during = await ask(100)
         started = time.monotonic()
@@ -113,6 +114,7 @@ async def test_slow_clients_are_cut_while_others_are_answered(tmp_path: Path, ma
             slow_bodies=num_slow,
             readers_that_never_read=num_readers,
             p99_ms_without=_ms(share(before, 0.99)),
+            p99_ms_beside_senders=_ms(share(beside_senders, 0.99)),
             p99_ms_beside_quick_readers=_ms(share(beside_quick, 0.99)),
             p99_ms_beside_them=_ms(share(during, 0.99)),
             all_cut_after_s=round(all_cut_s, 1),
