@@ -9,7 +9,7 @@ import click
 from loractl.adapters.errors import LoractlError, Unreachable
 from loractl.cli.output import print_json, print_table
 
-COLUMNS = ("name", "level", "rank", "pinned", "num_running", "digest")
+COLUMNS = ("name", "level", "rank", "pinned", "running", "digest")
 
 
 @click.command(short_help="Show a server's adapters, queues and speed.")
@@ -93,7 +93,15 @@ def queues(status: dict[str, Any]) -> str:
 def rows(status: dict[str, Any]) -> list[dict[str, Any]]:
     """One row an adapter: the busiest first."""
     order = sorted(status["adapters"], key=lambda each: (-each["num_running"], each["level"], each["name"]))
-    return [adapter | {"digest": adapter["digest"][:19]} for adapter in order]
+    return [
+        adapter
+        | {
+            "digest": adapter["digest"][:19],
+            "running": adapter["num_running"],
+            "pinned": "yes" if adapter["pinned"] else None,
+        }
+        for adapter in order
+    ]
 
 
 def _is_terminal() -> bool:
