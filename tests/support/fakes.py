@@ -59,6 +59,7 @@ class FakeEngine:
         self.num_slots = 8
         self.failing: dict[Digest, Any] = {}
         self.is_closed = False
+        self.num_steps = 0
         self._inbox: deque[Submit | Cancel] = deque()
         self._wake = threading.Condition()
         self._rows: dict[RequestId, _Row] = {}
@@ -88,6 +89,7 @@ class FakeEngine:
 
     def step(self) -> StepResult:
         started = time.monotonic()
+        self.num_steps += 1
         events = self._take_inbox()
         if self.hang is not None:
             self.hang.wait()
