@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from loractl.adapters.host_memory import free_memory
 from loractl.cli.output import print_json
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "huggingface_hub", "safetensors", "litestar")
@@ -84,11 +85,12 @@ def _multiplies_int8() -> bool:
         return False
 
 
-def _memory() -> dict[str, int]:
-    pages = {name: os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES")}
+def _memory() -> dict[str, Any]:
+    free = free_memory()
     return {
-        "total_bytes": pages["SC_PAGE_SIZE"] * pages["SC_PHYS_PAGES"],
-        "free_bytes": pages["SC_PAGE_SIZE"] * pages["SC_AVPHYS_PAGES"],
+        "total_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "free_bytes": free.size_bytes,
+        "limit": free.limit,
     }
 
 
@@ -111,7 +113,7 @@ def _print(facts: dict[str, Any]) -> None:
         "libraries": ", ".join(f"{name} {version or 'missing'}" for name, version in facts["libraries"].items()),
         "device": device.get("name") or f"CPU, {device['cpu_capability']}, {device['num_threads']} threads",
         "formats": f"bfloat16 {yes[device['bfloat16']]}, int8 {yes[device['int8']]}",
-        "memory": f"{_gib(memory['free_bytes'])} free of {_gib(memory['total_bytes'])}",
+        "memory": f"{_gib(memory['free_bytes'])} free of {_gib(memory['total_bytes'])}, by {memory['limit']}",
         "disk": f"{_gib(facts['disk_free_bytes'])} free in the home folder",
         "hub": _service_line(facts["hub"], start="loractl hub serve"),
         "server": _service_line(facts["server"], start="loractl serve BASE"),

@@ -33,8 +33,9 @@ from loractl.cli.output import is_interactive, print_json, print_note
     show_default=True,
     help="What is computed in.",
 )
-@click.option("--slots", default=32, show_default=True, help="Adapters resident on the device at once.")
+@click.option("--slots", type=int, help="Adapters resident on the device at once; by memory if not given.")
 @click.option("--max-rank", default=64, show_default=True, help="Highest LoRA rank that a slot holds.")
+@click.option("--kv-bytes", type=int, help="Memory of the KV cache; by what is free if not given.")
 @click.option("--max-model-len", type=int, help="Longest sequence, prompt and output together.")
 @click.option("--max-running", default=64, show_default=True, help="Sequences that decode at once.")
 @click.option("--max-queue", default=1024, show_default=True, help="Requests that may wait; the next one gets 429.")
@@ -94,6 +95,7 @@ def _choices(options: dict[str, Any]) -> Any:
     engine = EngineSettings(
         num_slots=options["slots"],
         max_rank=options["max_rank"],
+        kv_bytes=options["kv_bytes"],
         max_model_len=options["max_model_len"],
         max_running=options["max_running"],
         max_queue=options["max_queue"],

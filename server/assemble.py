@@ -144,14 +144,16 @@ def load(checked: Checked) -> Serving:
     from loractl.adapters.training.targets import linear_names
     from loractl.server.engine.base_model import load_base
     from loractl.server.engine.engine import Engine
+    from loractl.server.engine.sizing import choose_size
 
     choices = checked.choices
     base = load_base(
         checked.source.folder, quantization=choices.quantization, dtype=choices.dtype, base_id=checked.source.id
     )
+    size = choose_size(base, choices.engine)  # once: an engine that is built anew finds the memory of the old one taken
     return assemble(
         checked,
-        make_engine=lambda: Engine(base, choices.engine),
+        make_engine=lambda: Engine(base, choices.engine, size=size),
         prompts=Prompts(base.tokenizer),
         dtype=str(base.model.dtype).removeprefix("torch."),
         targets=sorted(linear_names(base.model)),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loractl.adapters.host_memory import free_memory
 from loractl.adapters.training.loss import CHUNK_POSITIONS
 from loractl.adapters.training.recipe import Recipe
 
@@ -122,17 +123,13 @@ def runtime_bytes(device: str) -> int:
     return _RUNTIME_EXTRA_BYTES
 
 
-def available_bytes(device: str) -> int | None:
-    """What the device has free; None where nothing tells."""
+def available_bytes(device: str) -> int:
+    """What the device has free, within the container's limit where there is one."""
     import torch
 
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    path = Path("/proc/meminfo")
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return free_memory().size_bytes
 
 
 def _count(model: Any) -> tuple[int, int, int, int]:

@@ -63,7 +63,7 @@ def snapshot(
         slots=slots.slots(),
         host_digests=host_digests,
         host_bytes=host_bytes,
-        host_limit_bytes=settings.host_cache_bytes,
+        host_limit_bytes=slots.host_limit_bytes,
         quarantined_adapters=slots.failures.quarantined(),
         num_quarantined_requests=num_quarantined_requests,
         running_adapters=_digests(scheduler.running),

@@ -1,6 +1,7 @@
 """The engine's public face: requests in, events out, one step at a time. Knows nothing of HTTP, JSON and names."""
 
 import dataclasses
+import logging
 import threading
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from loractl.server.engine.base_model import BaseModel
 from loractl.server.engine.constraint import Grammars, TokenGate
 from loractl.server.engine.containment import run_contained
 from loractl.server.engine.kv_cache import BlockPool
-from loractl.server.engine.limits import check_request, choose_num_blocks
+from loractl.server.engine.limits import check_request
 from loractl.server.engine.messages import (
     AdapterUse,
     Cancel,
@@ -37,8 +38,11 @@ from loractl.server.engine.runner import Part, Runner
 from loractl.server.engine.scheduler import Scheduler
 from loractl.server.engine.sequence import Sequence
 from loractl.server.engine.settings import EngineSettings
+from loractl.server.engine.sizing import EngineSize, choose_size, describe
 from loractl.server.engine.slots import AdapterSlots
 from loractl.server.engine.stats import EngineStats, StepResult
+
+log = logging.getLogger("loractl.server.engine")
 
 _MAX_BROKEN_STEPS = 3
 """Steps in a row of which nothing could be computed: then the engine is asked whether it is sound."""
@@ -65,30 +69,31 @@ class Engine:
     thread and never waits for a step.
     """
 
-    def __init__(self, base: BaseModel, settings: EngineSettings) -> None:
+    def __init__(self, base: BaseModel, settings: EngineSettings, *, size: EngineSize | None = None) -> None:
         self.base = base
         self.settings = settings
-        num_blocks = choose_num_blocks(base, settings)
+        self.size = size or choose_size(base, settings)
+        log.info("%s", describe(self.size, settings))
         self._runner = Runner(
             base,
-            num_blocks=num_blocks,
+            num_blocks=self.size.num_blocks,
             block_size=settings.block_size,
             max_rows=settings.max_running,
-            num_slots=settings.num_slots,
+            num_slots=self.size.num_slots,
         )
         self._slots = AdapterSlots(
             self._runner.layers,
             sides=self._runner.sides,
-            num_slots=settings.num_slots,
+            num_slots=self.size.num_slots,
             max_rank=settings.max_rank,
             truncate_rank=settings.truncate_rank,
             dtype=self._runner.dtype,
             device=self._runner.device,
-            host_cache_bytes=settings.host_cache_bytes,
+            host_cache_bytes=self.size.host_cache_bytes,
             num_loaders=settings.num_loaders,
         )
         self._runner.record()
-        self._blocks = BlockPool(num_blocks)
+        self._blocks = BlockPool(self.size.num_blocks)
         self._scheduler = Scheduler(settings, blocks=self._blocks, slots=self._slots)
         self._grammars = Grammars(base.tokenizer, vocab_size=base.vocab_size, eos_token_ids=base.eos_token_ids)
         self._next_tokens = NextTokens(base, max_model_len=self.max_model_len, on_card=self._runner.on_card)
@@ -113,7 +118,7 @@ class Engine:
             request,
             max_model_len=self.max_model_len,
             vocab_size=self.base.vocab_size,
-            max_adapters=self.settings.distinct_bound,
+            max_adapters=self._scheduler.distinct_bound,
         )
         constraint = request.sampling.constraint
         gate = None if constraint is None else self._grammars.gate(constraint)
@@ -221,8 +226,9 @@ class Engine:
         self._slots.check(digests)
 
     def close(self) -> None:
-        """Stop the loaders; requests that are left are forgotten."""
+        """Stop the loaders and let go of slots and KV; the base stays, requests that are left are forgotten."""
         self._slots.close()
+        self._runner.close()
 
     def _take_commands(self) -> list[Event]:
         with self._lock:

@@ -51,6 +51,20 @@ def kv_shape(model: Any) -> tuple[int, int]:
     return heads, dim
 
 
+def linear_shapes(model: Any) -> list[tuple[int, int]]:
+    """(inputs, outputs) of every linear layer but the head, before or after an engine has replaced them."""
+    head = model.get_output_embeddings()
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if module is head or any(name.startswith(f"{done}.") for done in shapes):
+            continue
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            shapes[name] = (int(module.in_features), int(module.out_features))
+        elif type(module).__name__ == "Conv1D":  # GPT-2's, whose sizes have names of their own
+            shapes[name] = (int(module.nx), int(module.nf))
+    return list(shapes.values())
+
+
 def _check_one_shape(model: Any) -> None:
     """Refuse what the head's and the embedding's names would hide: heads that are no linear layer, several tables."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -92,6 +92,15 @@ class Runner:
         caches = [module.paged for module in attention_modules(self._model)]
         return sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
 
+    def close(self) -> None:
+        """Let go of the caches and of the slots, unless another engine has already put its own in their place."""
+        self._graphs = None
+        for layer in self.layers.linear.values():
+            layer.site = layer.site if layer.step is not self._lora else None
+        for module in attention_modules(self._model):
+            if module.paged is not None and module.paged.step is self._lora:
+                module.paged = None
+
     @property
     def num_replays(self) -> int:
         """Steps that ran as a recorded one."""

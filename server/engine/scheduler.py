@@ -20,6 +20,8 @@ class Scheduler:
         self._settings = settings
         self._blocks = blocks
         self._slots = slots
+        self.distinct_bound = min(slots.num_slots, settings.max_distinct_adapters or slots.num_slots)
+        """Adapters that one step may mix."""
         self._share = FairShare()
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -143,7 +145,7 @@ class Scheduler:
         if len(self.running) >= self._settings.max_running:
             return "turn"
         active = {digest for other in self.running for digest in other.digests}
-        if len(active | set(sequence.digests)) > self._settings.distinct_bound:
+        if len(active | set(sequence.digests)) > self.distinct_bound:
             return "distinct"
         if self._num_blocks(len(sequence.tokens) + 1) > self._blocks.num_free:
             return "kv"

@@ -9,8 +9,8 @@ from loractl.adapters.errors import UsageError
 class EngineSettings:
     """Sizes and policies of one engine; raises UsageError for values that cannot be meant."""
 
-    num_slots: int = 32
-    """Adapters that can be resident on the device at once."""
+    num_slots: int | None = None
+    """Adapters that can be resident on the device at once; None: sized from the memory there is, up to 32."""
     max_rank: int = 64
     """Highest LoRA rank that a slot holds."""
     truncate_rank: bool = False
@@ -26,14 +26,14 @@ class EngineSettings:
     kv_bytes: int | None = None
     """Memory for KV blocks; None: sized from the memory there is."""
     memory_fraction: float = 0.5
-    """Share of the free memory that automatic sizing may take."""
+    """Share of the free memory that automatic sizing may take for slots and KV."""
     max_model_len: int | None = None
     """Longest sequence, prompt and output together; None: what the base was trained for."""
     prefix_cache: bool = True
     max_queue: int = 1024
     """Requests that may wait; the next one is refused at once."""
-    host_cache_bytes: int = 2 << 30
-    """Adapters kept ready in host memory, beyond those in slots."""
+    host_cache_bytes: int | None = None
+    """Adapters kept ready in host memory, beyond those in slots; None: sized from the memory there is, up to 2 GiB."""
     num_loaders: int = 1
     """Threads that read adapters from disk."""
     load_timeout_s: float = 60.0
@@ -43,18 +43,15 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "max_rank", "max_batch_tokens", "max_running", "block_size", "num_loaders"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
         for name in ("max_queue", "host_cache_bytes", "max_overtakes"):
-            if getattr(self, name) < 0:
+            value = getattr(self, name)
+            if value is not None and value < 0:
                 raise UsageError(f"{name} must not be negative")
         if self.max_batch_tokens < self.max_running:
             raise UsageError(
                 f"max_batch_tokens ({self.max_batch_tokens}) is below max_running ({self.max_running})",
                 hint="every running sequence takes one token of a step",
             )
-
-    @property
-    def distinct_bound(self) -> int:
-        """Adapters that one step may mix."""
-        return min(self.num_slots, self.max_distinct_adapters or self.num_slots)

@@ -68,7 +68,7 @@ class AdapterSlots:
         self._holders: Counter[Digest] = Counter()
         self._pinned: set[Digest] = set()
         self._host: OrderedDict[Digest, HostAdapter] = OrderedDict()
-        self._host_limit_bytes = host_cache_bytes
+        self.host_limit_bytes = host_cache_bytes
         self._loading: dict[Digest, Future[_Read]] = {}
         self.failures = LoadFailures()
         self.times = LoadTimes()
@@ -222,6 +222,8 @@ class AdapterSlots:
 
     def close(self) -> None:
         self._loaders.shutdown(wait=False, cancel_futures=True)
+        self._host.clear()
+        self._copies, self._sites, self._slab = None, {}, self._slab.new_empty(0)
 
     def _host_copy(self, digest: Digest) -> HostAdapter | None:
         future = self._loading.get(digest)
@@ -240,7 +242,7 @@ class AdapterSlots:
         return host
 
     def _trim_host(self, *, keep: Digest) -> None:
-        while sum(a.size_bytes for a in self._host.values()) > self._host_limit_bytes and len(self._host) > 1:
+        while sum(a.size_bytes for a in self._host.values()) > self.host_limit_bytes and len(self._host) > 1:
             oldest = next(iter(self._host))
             if oldest == keep:
                 break
