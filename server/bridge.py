@@ -34,8 +34,11 @@ from loractl.server.engine.messages import (
     Token,
 )
 from loractl.server.engine.stats import EngineStats, LoadRecord, StepRecord, StepResult
+from loractl.server.interruption import StepHung, interrupt
 
 log = logging.getLogger("loractl.server.bridge")
+
+_STATE_HINTS = {"restarting": "it restarts by itself within seconds", "hung": "it is being restarted"}
 
 EngineState = Literal["starting", "running", "restarting", "hung", "dead", "stopped"]
 
@@ -63,8 +66,10 @@ class EngineLike(Protocol):
 class BridgeLimits:
     """When the engine counts as hung, and how often it may be built anew."""
 
+    stall_s: float = 10.0
+    """A step that runs longer turns readiness off; it comes back when the step ends."""
     hang_s: float = 30.0
-    """A step that runs longer turns readiness off and fails the requests that wait for it."""
+    """A step that runs longer is interrupted, and the requests that wait for it fail."""
     max_restarts: int = 3
     restart_window_s: float = 600.0
     max_open: int = 20_000
@@ -173,11 +178,11 @@ class Bridge:
     @property
     def is_ready(self) -> bool:
         """Whether a request submitted now would run."""
-        return self.state == "running" and not self._is_hung(self.limits.hang_s)
+        return self.state == "running" and not self._is_hung(min(self.limits.stall_s, self.limits.hang_s))
 
     @property
     def is_alive(self) -> bool:
-        """Whether a restart of the process would not help; a hung step is given twice its time."""
+        """Whether a restart of the process would not help; a step that nothing interrupts is given twice its time."""
         return self.state != "dead" and not self._is_hung(2 * self.limits.hang_s)
 
     @property
@@ -190,7 +195,7 @@ class Bridge:
         if self._engine is None or self.state in {"hung", "dead", "stopped"}:
             raise Unreachable(
                 f"the engine is {self.state}",
-                hint="it restarts by itself within seconds" if self.state == "restarting" else "see the server's log",
+                hint=_STATE_HINTS.get(self.state, "see the server's log"),
                 retry_after_s=5,
             )
         return self._engine
@@ -257,6 +262,12 @@ class Bridge:
 
     def _run(self, started: "asyncio.Future[None]") -> None:
         try:
+            self._supervise(started)
+        except StepHung:  # a step failed by itself as it was interrupted: the process has to be restarted
+            self._post(self._gave_up)
+
+    def _supervise(self, started: "asyncio.Future[None]") -> None:
+        try:
             engine = self._make_engine()
         except LoractlError as error:
             refusal = error
@@ -267,7 +278,7 @@ class Bridge:
         while not self._stopping.is_set():
             try:
                 self._step_until_stopped(engine)
-            except Exception as error:
+            except (Exception, StepHung) as error:
                 log.error("the engine's step failed", exc_info=error)
                 self._step_started_at = None
                 self._post(self._lost)
@@ -333,19 +344,16 @@ class Bridge:
         return started_at is not None and time.monotonic() - started_at > limit_s
 
     async def _watch(self) -> None:
-        """Fail what waits for a hung step, once; take the engine back when the step returns after all."""
+        """Interrupt a step that hangs, once, and fail what waits for it; the supervisor builds the engine anew."""
         while True:
             await asyncio.sleep(min(1.0, self.limits.hang_s / 4))
             if self.state == "running" and self._is_hung(self.limits.hang_s):
                 self.state = "hung"
                 self.num_hangs += 1
                 log.error("the engine's step has run for more than %g s", self.limits.hang_s)
-                for request_id in list(self._tickets):
-                    if self._engine is not None:
-                        self._engine.cancel(Cancel(id=request_id))
-                self.fail_all(EngineFailure("the engine hangs", hint="the server restarts if it stays so"))
-            elif self.state == "hung" and self._step_started_at is None:
-                self.state = "running"
+                self.fail_all(EngineFailure("the engine hangs", hint="it is being restarted; send the request again"))
+                if self._thread is not None and self._thread.ident is not None:
+                    interrupt(self._thread.ident)
 
 
 def ended(event: Event) -> bool:

@@ -2,13 +2,20 @@
 
 import asyncio
 import threading
-from typing import Any
+import time
+from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import openai
 import pytest
 
-from loractl.server.bridge import BridgeLimits
+from loractl.server.bridge import Bridge, BridgeLimits
+from loractl.server.engine.base_model import load_base
+from loractl.server.engine.engine import Engine
+from loractl.server.engine.messages import Event, Failed, Sampling, Submit, Token
+from loractl.server.engine.settings import EngineSettings
+from tiny_models import make_tiny_base
 
 LONG = {"model": "tiny", "prompt": "a quick brown fox", "max_tokens": 400, "ignore_eos": True}
 
@@ -91,11 +98,65 @@ async def test_hung_step_turns_readiness_off_and_ends_requests(start_server: Any
     response = await live.http.post("/v1/completions", json=LONG)
     assert response.status_code == 500
     assert (await live.http.get("/readyz")).status_code == 503
-    live.engine.hang = None
+    refused = await live.http.post("/v1/completions", json=LONG)
+    assert (refused.status_code, "hung" in refused.text) == (503, True)
+    assert len(live.engines) == 1  # compiled code is not interrupted, and no second engine works beside it
     gate.set()
     await _until(lambda: live.serving.bridge.state == "running")
     assert (await live.http.get("/readyz")).status_code == 200
-    await _until(lambda: live.engine.cancelled)
+    assert len(live.engines) == 2
+    assert (await live.http.post("/v1/completions", json=LONG | {"max_tokens": 2})).status_code == 200
+
+
+async def test_long_step_turns_readiness_off_and_ends_no_request(start_server: Any) -> None:
+    live = await start_server(limits=BridgeLimits(stall_s=0.1))
+    gate = threading.Event()
+    live.engine.hang = gate
+    asked = asyncio.create_task(live.http.post("/v1/completions", json=LONG | {"max_tokens": 2}))
+    await _until(lambda: not live.serving.bridge.is_ready)
+    live.engine.hang = None
+    gate.set()
+    assert (await asked).status_code == 200
+    await _until(lambda: live.serving.bridge.is_ready)
+    assert live.engines == [live.engine]
+
+
+async def test_step_that_hangs_in_python_is_interrupted_and_the_engine_built_anew_on_its_weights(
+    tmp_path: Path,
+) -> None:
+    base = load_base(make_tiny_base(tmp_path / "base"), quantization="none", dtype="float32")
+    bridge = Bridge(
+        lambda: Engine(base, EngineSettings(num_slots=1, kv_bytes=1 << 20)), limits=BridgeLimits(hang_s=0.3)
+    )
+    await bridge.start()
+    sampling = Sampling(max_tokens=4, temperature=0.0, ignore_eos=True)
+
+    async def answer() -> list[Event]:
+        ticket = bridge.open([Submit(id=bridge.new_id(), prompt=(5, 9, 40), sampling=sampling)])
+        return [event async for batch in ticket.events() for event in batch]
+
+    before = await answer()
+    first = bridge.engine
+    hook = base.model.register_forward_pre_hook(_spin)
+    (hung,) = await answer()
+    assert isinstance(hung, Failed)
+    await _until(lambda: bridge.state == "running" and bridge.engine is not first)
+    hook.remove()
+    after = await answer()
+    assert _ids(after) == _ids(before)
+    assert len(_ids(after)) == 4
+    assert (bridge.num_hangs, bridge.num_restarts) == (1, 1)
+    assert cast("Engine", bridge.engine).base.model is base.model
+    await bridge.stop()
+
+
+def _ids(events: list[Event]) -> list[int]:
+    return [event.token_id for event in events if isinstance(event, Token)]
+
+
+def _spin(*_: object) -> None:
+    while True:
+        time.sleep(0.001)
 
 
 async def test_drain_finishes_streams_and_refuses_new_requests(start_server: Any) -> None:
