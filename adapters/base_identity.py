@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.adapters.digest import file_sha256
-from loractl.adapters.errors import NotFound
+from loractl.adapters.errors import BaseMismatch, NotFound
 from loractl.adapters.manifest import BasePin, Quantization
 
 # Settings that change what the weights compute; the rest of config.json (versions, dtypes, paths) does not.
@@ -61,6 +61,15 @@ class BaseIdentity:
             chat_template_sha256=self.chat_template_sha256,
             quantization=quantization,
             dtype=dtype,
+        )
+
+
+def check_same_base(pin: BasePin | None, base: BaseIdentity, *, adapter: object) -> None:
+    """Raise BaseMismatch unless the adapter, `adapter` in the message, is pinned to this base or to none."""
+    if pin is not None and pin.fingerprint != base.fingerprint:
+        raise BaseMismatch(
+            f"{adapter} belongs to {pin.id} ({pin.fingerprint[:19]}), not to {base.id} ({base.fingerprint[:19]})",
+            hint="use the base that it was trained on",
         )
 
 

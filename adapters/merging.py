@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from loractl.adapters.base_identity import BaseIdentity, identify_base
+from loractl.adapters.base_identity import BaseIdentity, check_same_base, identify_base
 from loractl.adapters.base_loading import Dtype, load_base_model, load_tokenizer, quiet_libraries
 from loractl.adapters.base_source import BaseSource
 from loractl.adapters.config import read_config
 from loractl.adapters.digest import CONFIG_FILE, folder_digest
-from loractl.adapters.errors import BaseMismatch, Incompatible, UsageError
+from loractl.adapters.errors import Incompatible, UsageError
 from loractl.adapters.manifest import Manifest, load_manifest
 from loractl.adapters.training.probes import probe_drift
 from loractl.adapters.training.saving import save_adapter
@@ -129,13 +129,7 @@ def merge_together(
 
 def _checked(adapter: Path, identity: BaseIdentity) -> Manifest | None:
     manifest = load_manifest(adapter)
-    pin = manifest.base if manifest else None
-    if pin is not None and pin.fingerprint != identity.fingerprint:
-        raise BaseMismatch(
-            f"{adapter} belongs to {pin.id} ({pin.fingerprint[:19]}), "
-            f"not to {identity.id} ({identity.fingerprint[:19]})",
-            hint="give its own base",
-        )
+    check_same_base(manifest.base if manifest else None, identity, adapter=adapter)
     return manifest
 
 

@@ -263,15 +263,13 @@ def _validate(folder: Path, *, base: Path | None, must_pin_base: bool) -> "Valid
 
 def _pin_base(folder: Path, base: Path) -> None:
     """Write the base's identity into the folder's manifest, unless it pins this base already."""
-    from loractl.adapters.base_identity import identify_base
-    from loractl.adapters.errors import BaseMismatch
+    from loractl.adapters.base_identity import check_same_base, identify_base
     from loractl.adapters.manifest import Manifest, load_manifest, save_manifest
 
     identity = identify_base(base)
     manifest = load_manifest(folder) or Manifest()
     if manifest.base is not None:
-        if manifest.base.fingerprint != identity.fingerprint:
-            raise BaseMismatch(f"{folder} is pinned to {manifest.base.id}, another base than {base}")
+        check_same_base(manifest.base, identity, adapter=folder)
         return
     manifest.base = identity.pin()
     save_manifest(manifest, folder)

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import msgspec
 
-from loractl.adapters.base_identity import identify_base
+from loractl.adapters.base_identity import check_same_base, identify_base
 from loractl.adapters.base_source import BaseSource
-from loractl.adapters.errors import BaseMismatch
 from loractl.adapters.manifest import load_manifest
 from loractl.adapters.training.examples import template_columns
 from loractl.adapters.training.recipe import DataPart, resolve_recipe
@@ -29,12 +28,8 @@ def evaluation_data(
     manifests = [(name, load_manifest(folder)) for name, folder in adapters]
     identity = identify_base(base.folder, base_id=base.id) if adapters else None
     for name, manifest in manifests:
-        pin = manifest.base if manifest else None
-        if pin and identity and pin.fingerprint != identity.fingerprint:
-            raise BaseMismatch(
-                f"{name} belongs to {pin.id} ({pin.fingerprint[:19]}), not to {identity.id}",
-                hint="give the base that it was trained on",
-            )
+        if identity is not None:
+            check_same_base(manifest.base if manifest else None, identity, adapter=name)
     if template is None:
         trained = [(manifest.recipe.get("data") or {}).get("template") for _, manifest in manifests if manifest]
         template = next((one for one in trained if one), None)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from loractl.adapters.base_identity import BaseIdentity, base_window, identify_base
+from loractl.adapters.base_identity import BaseIdentity, base_window, check_same_base, identify_base
 from loractl.adapters.base_source import resolve_base
 from loractl.adapters.digest import folder_digest
-from loractl.adapters.errors import BadData, BadRecipe, Incompatible, LoractlError, UsageError
+from loractl.adapters.errors import BadData, BadRecipe, LoractlError, UsageError
 from loractl.adapters.manifest import DataRecord, Manifest
 from loractl.adapters.reference import Digest
 from loractl.adapters.training.checkpoint import (
@@ -323,11 +323,7 @@ def _check_parent(folder: Path, identity: BaseIdentity) -> None:
     from loractl.adapters.manifest import load_manifest
 
     manifest = load_manifest(folder)
-    if manifest and manifest.base and manifest.base.fingerprint != identity.fingerprint:
-        raise Incompatible(
-            f"{folder} was trained on {manifest.base.id} ({manifest.base.fingerprint[:19]}), not on {identity.id}",
-            hint="start from an adapter of the same base",
-        )
+    check_same_base(manifest.base if manifest else None, identity, adapter=folder)
 
 
 def _manifest(recipe: Recipe, inputs: Inputs, *, num_parameters: int, parent: Digest | None) -> Manifest:

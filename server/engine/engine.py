@@ -4,21 +4,21 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loractl.adapters.errors import BaseMismatch, EngineFailure, Overloaded
+from loractl.adapters.base_identity import check_same_base
+from loractl.adapters.errors import EngineFailure, Overloaded
 from loractl.adapters.manifest import load_manifest
 from loractl.adapters.reference import Digest
 from loractl.server.engine.accounts import Totals, snapshot
 from loractl.server.engine.base_model import BaseModel
-from loractl.server.engine.constraint import Grammars, TokenGate
+from loractl.server.engine.commands import Commands
+from loractl.server.engine.constraint import Grammars
 from loractl.server.engine.containment import run_contained
 from loractl.server.engine.kv_cache import BlockPool
 from loractl.server.engine.limits import check_request
@@ -28,7 +28,6 @@ from loractl.server.engine.messages import (
     Constraint,
     Event,
     Failed,
-    RequestId,
     Submit,
     Token,
 )
@@ -46,20 +45,6 @@ log = logging.getLogger("loractl.server.engine")
 
 _MAX_BROKEN_STEPS = 3
 """Steps in a row of which nothing could be computed: then the engine is asked whether it is sound."""
-
-
-@dataclass(slots=True)
-class _Commands:
-    """What other threads have asked since the last step."""
-
-    submits: deque[tuple[Submit, TokenGate | None]] = field(default_factory=deque[tuple[Submit, TokenGate | None]])
-    cancels: deque[RequestId] = field(default_factory=deque[RequestId])
-    uses: deque[AdapterUse] = field(default_factory=deque[AdapterUse])
-    unloads: deque[Digest] = field(default_factory=deque[Digest])
-
-    @property
-    def has_any(self) -> bool:
-        return bool(self.submits or self.cancels or self.uses or self.unloads)
 
 
 class Engine:
@@ -99,7 +84,7 @@ class Engine:
         self._next_tokens = NextTokens(base, max_model_len=self.max_model_len, on_card=self._runner.on_card)
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._commands = _Commands()
+        self._commands = Commands()
         self._num_queued = 0
         self._num_broken_steps = 0
         self._quarantine = Quarantine()
@@ -187,14 +172,7 @@ class Engine:
     def resolve_adapter(self, folder: Path) -> None:
         """Check that this engine can serve the adapter in `folder`; raises Incompatible or AdapterInvalid with why."""
         manifest = load_manifest(folder)
-        pin = manifest.base if manifest else None
-        if pin is not None and pin.fingerprint != self.base.identity.fingerprint:
-            raise BaseMismatch(
-                f"the adapter belongs to {pin.id} ({pin.fingerprint[:19]}), "
-                f"this server holds {self.base.identity.id} ({self.base.identity.fingerprint[:19]})",
-                hint="ask a server of the adapter's own base",
-                field="model",
-            )
+        check_same_base(manifest.base if manifest else None, self.base.identity, adapter="the adapter")
         self._slots.check_servable(folder)
 
     def prefetch(self, use: AdapterUse) -> None:
@@ -232,7 +210,7 @@ class Engine:
 
     def _take_commands(self) -> list[Event]:
         with self._lock:
-            commands, self._commands = self._commands, _Commands()
+            commands, self._commands = self._commands, Commands()
         for use in commands.uses:
             self._slots.want(use.digest, use.folder)
         for submit, gate in commands.submits:

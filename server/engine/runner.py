@@ -90,7 +90,7 @@ class Runner:
     def kv_bytes(self) -> int:
         """Memory of all KV blocks, over all layers."""
         caches = [module.paged for module in attention_modules(self._model)]
-        return sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
+        return sum(cache.k.nbytes + cache.v.nbytes for cache in caches if cache is not None)
 
     def close(self) -> None:
         """Let go of the caches and of the slots, unless another engine has already put its own in their place."""
