@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from fake_hub import digest_of, resolved
 from live_hub import LiveHub, live_hub
 from loractl.adapters.digest import folder_digest
 from loractl.adapters.errors import Unreachable
 from loractl.adapters.local_cache import AdapterCache
-from loractl.adapters.reference import Digest, parse_reference
+from loractl.adapters.reference import AdapterRef, Digest, parse_reference
 from loractl.hub.client import HubClient
 from loractl.hub.client_records import ResolvedAdapter, ResolvedCanary
 from loractl.server.access import Access
@@ -28,10 +29,8 @@ _PROD = "team/name@prod"
 
 def _version(name: str, *, canary: ResolvedCanary | None = None) -> ResolvedAdapter:
     digit = name.removeprefix("v")
-    return ResolvedAdapter(
-        repo_id="team/name", revision="prod", commit=digit * 40, digest=Digest("sha256:" + digit * 64), version=name,
-        base_id=None, base_fingerprint=None, rank=4, size_bytes=1, canary=canary,
-    )  # fmt: skip
+    ref = AdapterRef("team", "name", "prod")
+    return resolved(ref, digest_of(digit), commit=digit * 40, version=name, canary=canary)
 
 
 def test_share_of_callers_is_what_was_asked_for_and_only_grows() -> None:

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from drills import BODY, LONG, encoded, open_request, print_figures, stream, until
-from loractl.adapters.errors import RepoNotFound
-from loractl.adapters.reference import AdapterRef, Digest
+from fake_hub import FakeHub
 from loractl.hub.client_records import ResolvedAdapter
 from loractl.server.fetch import FetchLimits
 
@@ -52,66 +51,38 @@ async def test_storm_of_disconnects_frees_everything(start_server: Any) -> None:
     assert answer.status_code == 200
 
 
-class CountingHub:
-    """A hub of one adapter whose digest can be moved; counts what it is asked."""
+class ColdHub(FakeHub):
+    """A hub whose adapters are never on the disk, and slow to fetch."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.letter = "1"
-        self.num_resolves = self.num_fetches = 0
+        super().__init__(folder)
+        self.fingerprint, self.fetch_s = None, 0.3
 
-    def resolve(self, ref: AdapterRef) -> ResolvedAdapter:
-        self.num_resolves += 1
-        if ref.repo_id != "team/a":
-            raise RepoNotFound(f"no {ref}")
-        return ResolvedAdapter(
-            repo_id=ref.repo_id,
-            revision=ref.revision,
-            commit="c" * 40,
-            digest=Digest("sha256:" + self.letter * 64),
-            version=None,
-            base_id=None,
-            base_fingerprint=None,
-            rank=4,
-            size_bytes=1,
-        )
-
-    def recall(self, ref: AdapterRef) -> ResolvedAdapter | None:
-        del ref
-        return None
-
-    def cached(self, resolved: ResolvedAdapter) -> Path | None:
+    def cached(self, resolved: ResolvedAdapter) -> None:
         del resolved
-        return None
-
-    def fetch(self, resolved: ResolvedAdapter) -> Path:
-        del resolved
-        self.num_fetches += 1
-        time.sleep(0.3)
-        return self.folder
 
 
 async def test_herd_for_one_cold_adapter_downloads_it_once(start_server: Any, tmp_path: Path) -> None:
-    hub = CountingHub(tmp_path)
+    hub = ColdHub(tmp_path)
     live = await start_server(hub=hub)
     num_clients = 500 if LONG else 100
     body = encoded(model="team/a", max_tokens=2, stream=True)
     port = int(live.url.rpartition(":")[2])
     codes = [one.status for one in await asyncio.gather(*(stream(port, body) for _ in range(num_clients)))]
     assert codes == [200] * num_clients
-    assert hub.num_fetches == 1
-    print_figures("27", clients=num_clients, downloads=hub.num_fetches, resolves=hub.num_resolves)
+    assert len(hub.fetches) == 1
+    print_figures("27", clients=num_clients, downloads=len(hub.fetches), resolves=len(hub.resolves))
 
 
 async def test_moved_channel_counts_for_new_requests_and_not_for_those_in_flight(
     start_server: Any, tmp_path: Path
 ) -> None:
-    hub = CountingHub(tmp_path)
+    hub = ColdHub(tmp_path)
     live = await start_server(hub=hub, prepare=_slow)
     ask = {"model": "team/a@prod", "max_tokens": 300}
     running = asyncio.create_task(live.http.post("/v1/completions", json=BODY | ask))
     await until(lambda: live.engine.submitted)
-    hub.letter, started = "2", time.monotonic()
+    hub.digits["team/a"], started = "2", time.monotonic()
     digest = ""
     async with asyncio.timeout(10):
         while not digest.startswith("sha256:2"):
@@ -125,7 +96,7 @@ async def test_moved_channel_counts_for_new_requests_and_not_for_those_in_flight
 
 
 async def test_flood_of_unknown_names_leaves_metrics_and_memory_bounded(start_server: Any, tmp_path: Path) -> None:
-    hub = CountingHub(tmp_path)
+    hub = ColdHub(tmp_path)
     # A busy machine must not look like a slow hub.
     live = await start_server(hub=hub, fetch_limits=FetchLimits(resolve_timeout_s=60.0))
     await live.http.post("/v1/completions", json=BODY | {"model": "nobody/zero", "max_tokens": 1})
@@ -141,7 +112,7 @@ async def test_flood_of_unknown_names_leaves_metrics_and_memory_bounded(start_se
     after = (await live.http.get("/metrics")).text.count("\n")
     # One more series may appear: the refusal of lookups beyond the limit, and its HTTP code.
     assert after - before <= 8
-    print_figures("29", names=num_names, codes=codes, lookups=hub.num_resolves, new_metric_lines=after - before)
+    print_figures("29", names=num_names, codes=codes, lookups=len(hub.resolves), new_metric_lines=after - before)
 
 
 @pytest.mark.parametrize(

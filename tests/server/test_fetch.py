@@ -3,71 +3,18 @@
 import asyncio
 import dataclasses
 import hashlib
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fake_hub import BASE, FakeHub
 from loractl.adapters.digest import CONFIG_FILE, WEIGHTS_FILE, adapter_digest
 from loractl.adapters.errors import BaseMismatch, Overloaded, RepoNotFound, Unreachable
 from loractl.adapters.local_cache import AdapterCache
-from loractl.adapters.reference import AdapterRef, Digest
-from loractl.hub.client_records import ResolvedAdapter
+from loractl.adapters.reference import AdapterRef
 from loractl.server.fetch import AdapterSource, FetchLimits
 from loractl.server.hub_reader import HubReader
-
-BASE = "sha256:" + "b" * 64
-
-
-class FakeHub:
-    """A hub in memory: repos by name, a switch for its absence, and a count of what it was asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.digests: dict[str, str] = {"team/a": "1", "team/b": "2"}
-        self.fingerprint: str | None = BASE
-        self.is_down = False
-        self.delay_s = 0.0
-        self.remembered: ResolvedAdapter | None = None
-        self.resolves: list[AdapterRef] = []
-        self.fetches: list[Digest] = []
-
-    def resolve(self, ref: AdapterRef) -> ResolvedAdapter:
-        self.resolves.append(ref)
-        time.sleep(self.delay_s)
-        if self.is_down:
-            raise Unreachable("the hub is away")
-        if ref.repo_id not in self.digests:
-            raise RepoNotFound(f"no {ref}")
-        return ResolvedAdapter(
-            repo_id=ref.repo_id,
-            revision=ref.revision,
-            commit="0" * 40,
-            digest=Digest("sha256:" + self.digests[ref.repo_id] * 64),
-            version="v1",
-            base_id="tiny",
-            base_fingerprint=self.fingerprint,
-            rank=4,
-            size_bytes=1,
-        )
-
-    def recall(self, ref: AdapterRef) -> ResolvedAdapter | None:
-        del ref
-        return self.remembered
-
-    def cached(self, resolved: ResolvedAdapter) -> Path | None:
-        folder = self.folder / resolved.digest[7:]
-        return folder if folder.is_dir() else None
-
-    def fetch(self, resolved: ResolvedAdapter) -> Path:
-        if self.is_down:
-            raise Unreachable("the hub is away")
-        self.fetches.append(resolved.digest)
-        time.sleep(0.02)
-        folder = self.folder / resolved.digest[7:]
-        folder.mkdir(exist_ok=True)
-        return folder
 
 
 class Clock:
@@ -105,7 +52,7 @@ async def test_herd_for_one_cold_adapter_makes_one_lookup_and_one_download(sourc
 
 async def test_moved_channel_is_seen_within_two_seconds(source: AdapterSource, hub: FakeHub, clock: Clock) -> None:
     before = await source.find("team/a@prod")
-    hub.digests["team/a"] = "9"
+    hub.digits["team/a"] = "9"
     assert (await source.find("team/a@prod")).digest == before.digest
     clock.now += 2.0
     after = await source.find("team/a@prod")
@@ -195,7 +142,7 @@ async def test_unknown_name_is_asked_once_and_forgotten_in_time(
         with pytest.raises(RepoNotFound):
             await source.find("team/new")
     assert len(hub.resolves) == 1
-    hub.digests["team/new"] = "3"
+    hub.digits["team/new"] = "3"
     clock.now += 11
     assert (await source.find("team/new")).digest
 

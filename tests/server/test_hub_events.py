@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from fake_hub import FakeHub, digest_of, resolved
 from live_hub import LiveHub, live_hub
 from loractl.adapters.digest import folder_digest
 from loractl.adapters.errors import RepoNotFound
 from loractl.adapters.local_cache import AdapterCache
-from loractl.adapters.reference import AdapterRef, Digest
+from loractl.adapters.reference import AdapterRef
 from loractl.hub.client_records import ResolvedAdapter
 from loractl.server.fetch import AdapterSource, FetchLimits
 from loractl.server.hub_events import HubEvents
@@ -154,39 +155,22 @@ async def test_answer_that_a_change_has_overtaken_is_not_kept(tmp_path: Path) ->
     asked, go_on = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    class Slow:
-        digest = "1"
-
+    class Slow(FakeHub):
         def resolve(self, ref: AdapterRef) -> ResolvedAdapter:
-            answer = ResolvedAdapter(
-                repo_id=ref.repo_id, revision=ref.revision, commit="0" * 40, digest=_digest(self.digest), version="v1",
-                base_id=None, base_fingerprint=None, rank=4, size_bytes=1,
-            )  # fmt: skip
+            answer = resolved(ref, digest_of(self.digits["team/name"]))
             loop.call_soon_threadsafe(asked.set)
             asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(10)
             return answer
 
-        def recall(self, ref: AdapterRef) -> ResolvedAdapter | None:
-            raise AssertionError(ref)
-
-        def cached(self, resolved: ResolvedAdapter) -> Path | None:
-            return tmp_path
-
-        def fetch(self, resolved: ResolvedAdapter) -> Path:
-            raise AssertionError(resolved)
-
-    hub = Slow()
+    hub = Slow(tmp_path)
+    hub.digits["team/name"] = "1"
     source = AdapterSource(local={}, hub=hub, base_fingerprint="sha256:" + "0" * 64, limits=_PATIENT)
     source.is_told = True
     early = asyncio.create_task(source.find("team/name"))
     await asked.wait()
-    hub.digest = "2"
+    hub.digits["team/name"] = "2"
     source.forget("team/name")
     go_on.set()
     await early
-    assert (await source.find("team/name")).digest == _digest("2")
+    assert (await source.find("team/name")).digest == digest_of("2")
     await source.close()
-
-
-def _digest(digit: str) -> Digest:
-    return Digest("sha256:" + digit * 64)

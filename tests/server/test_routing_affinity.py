@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drills import BODY, LONG, print_figures
+from fake_hub import FakeHub, resolved
 from loractl.adapters.reference import AdapterRef, Digest
 from loractl.hub.client_records import ResolvedAdapter
 from loractl.server.fetch import FetchLimits
@@ -20,34 +21,13 @@ _INFO = re.compile(
 )
 
 
-class EveryName:
+class EveryName(FakeHub):
     """A hub that has every adapter, on the disk already."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
     def resolve(self, ref: AdapterRef) -> ResolvedAdapter:
-        return ResolvedAdapter(
-            repo_id=ref.repo_id,
-            revision=ref.revision,
-            commit="c" * 40,
-            digest=Digest(f"sha256:{int(ref.name.removeprefix('a')):064x}"),
-            version=None,
-            base_id=None,
-            base_fingerprint=None,
-            rank=4,
-            size_bytes=1,
-        )
-
-    def recall(self, ref: AdapterRef) -> ResolvedAdapter | None:
-        del ref
-        return None
+        return resolved(ref, Digest(f"sha256:{int(ref.name.removeprefix('a')):064x}"))
 
     def cached(self, resolved: ResolvedAdapter) -> Path:
-        del resolved
-        return self.folder
-
-    def fetch(self, resolved: ResolvedAdapter) -> Path:
         del resolved
         return self.folder
 
