@@ -196,6 +196,34 @@ def test_weighted_adapters_are_summed_when_their_kinds_and_targets_differ(
     assert token.logprob == pytest.approx(float(scores.max()), abs=1e-4)
 
 
+def test_weighted_adapters_answer_as_pefts_own_combination_of_them(drive: Drive, untied: Path, tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [{"r": 3, "lora_alpha": 9}, {"r": 5, "use_rslora": True}, {"r": 8, "std": 0.1}]
+    weights = (0.7, 0.5, 1.2)
+    folders = [
+        make_adapter(untied, tmp_path / f"{n}", seed=n, target_modules="all-linear", **each)
+        for n, each in enumerate(settings)
+    ]
+    model: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32), str(folders[0]), adapter_name="0"
+    )
+    for n in (1, 2):
+        model.load_adapter(str(folders[n]), adapter_name=str(n))
+    model.add_weighted_adapter(["0", "1", "2"], list(weights), "sum", combination_type="cat")
+    model.set_adapter("sum")
+    ids, expected = list(PROMPTS[0]), []
+    for _ in range(NUM_OUTPUT_TOKENS):
+        with torch.inference_mode():
+            scores = torch.log_softmax(model.eval()(input_ids=torch.tensor([ids])).logits[0, -1], -1)
+        ids.append(int(scores.argmax()))
+        expected.append(float(scores.max()))
+    uses = [_use(folder, weight) for folder, weight in zip(folders, weights, strict=True)]
+    drive.submit([_submit("alone", PROMPTS[0], uses[0]), _submit("sum", PROMPTS[0], *uses), _submit("b", PROMPTS[0])])
+    drive.until_ended()
+    outcome = drive.outcomes[RequestId("sum")]
+    assert outcome.ids == ids[len(PROMPTS[0]) :]
+    assert [token.logprob for token in outcome.tokens] == pytest.approx(expected, abs=1e-4)
+
+
 def test_rank_above_the_slots_is_cut_with_its_energy_told_when_allowed(
     untied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -199,6 +199,17 @@ def test_logit_bias_bans_and_forces_tokens_when_it_is_large(drive: Drive) -> Non
     assert greedy[0] not in _run(drive, _submit("banned", logit_bias={greedy[0]: -1000.0})).ids
 
 
+def test_end_comes_after_min_tokens_and_at_once_without(drive: Drive) -> None:
+    eos = min(drive.engine.base.eos_token_ids)
+    eager: dict[str, Any] = {"logit_bias": {eos: 1000.0}, "ignore_eos": False}
+    assert _run(drive, _submit("eager", **eager)).ids == []
+    held = _run(drive, _submit("held", min_tokens=4, **eager))
+    assert (len(held.ids), held.finished.reason) == (4, "stop")
+    ids = _run(drive, _submit("whole", logit_bias={77: 1000.0}, stop_token_ids=(77,), min_tokens=3)).ids
+    assert len(ids) == 3
+    assert 77 not in ids
+
+
 def test_adapter_that_cannot_be_read_fails_its_request_when_files_are_missing(drive: Drive, tmp_path: Path) -> None:
     drive.submit([_submit("base"), _submit("gone", AdapterUse(digest=_digest_of_nothing(), folder=tmp_path / "gone"))])
     drive.until_ended()

@@ -1,0 +1,121 @@
+"""Bases in every format answer as PEFT over transformers' and bitsandbytes' own modules; differences are printed."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from demo_assets import demo_base
+from engine_drive import Drive
+from loractl.adapters.digest import folder_digest
+from loractl.server.engine.base_model import load_base
+from loractl.server.engine.engine import Engine
+from loractl.server.engine.messages import AdapterUse, RequestId, Sampling, Submit
+from loractl.server.engine.settings import EngineSettings
+from tiny_models import make_adapter, make_tiny_base
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
+
+SETTINGS = EngineSettings(num_slots=2, max_rank=8, max_running=8, kv_bytes=1 << 26)
+TEXT = (
+    "The hub keeps every version of an adapter, and the server answers each request with the one that it names. "
+    "Water boils at one hundred degrees Celsius at sea level, and the capital of France is Paris."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of log probabilities of given tokens, engine less PEFT; and how often both find the same token likeliest."""
+
+    largest: float
+    mean: float
+    agreement: float
+
+
+def _quantized(quantization: str, dtype: torch.dtype) -> Any:
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return None
+
+
+@torch.inference_mode()
+def _peft(base: Path, folder: Path | None, prompt: tuple[int, ...], quantization: str, dtype: torch.dtype) -> Any:
+    """Log probabilities [positions, vocabulary] that PEFT gives, in float32."""
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, quantization_config=_quantized(quantization, dtype)
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # its kernel rounds the weights to bfloat16
+    if folder is not None:
+        model = PeftModel.from_pretrained(model, str(folder))
+    return torch.log_softmax(model.eval()(input_ids=torch.tensor([prompt])).logits[0].float(), -1)
+
+
+def _compare(base: Path, folders: list[Path], prompt: tuple[int, ...], quantization: Any, dtype: Any) -> Difference:
+    """Run the bare base and every adapter over one prompt in one batch."""
+    drive = Drive(Engine(load_base(base, quantization=quantization, dtype=dtype), SETTINGS))
+    uses = [(), *((AdapterUse(digest=folder_digest(folder), folder=folder),) for folder in folders)]
+    sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True, num_prompt_logprobs=1)
+    drive.submit(
+        Submit(id=RequestId(f"{i}"), prompt=prompt, adapters=use, sampling=sampling) for i, use in enumerate(uses)
+    )
+    drive.until_ended(timeout_s=180)
+    drive.engine.close()
+    differences, same = [], []
+    for i, folder in enumerate([None, *folders]):
+        expected = _peft(base, folder, prompt, quantization, getattr(torch, dtype))
+        found = drive.outcomes[RequestId(f"{i}")].finished.prompt_logprobs or ()
+        assert len(found) == len(prompt) - 1
+        for position, (given, likeliest) in enumerate(found):
+            differences.append(abs(given.logprob - float(expected[position, prompt[position + 1]])))
+            same.append(likeliest.token_id == int(expected[position].argmax()))
+    return Difference(max(differences), sum(differences) / len(differences), sum(same) / len(same))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "tolerance"),
+    [("none", 1e-4), ("nf4", 1e-4), ("int8", 0.4)],  # bitsandbytes' own int8 product rounds rows to float16
+)
+def test_tiny_base_of_each_format_answers_as_peft_on_it(tmp_path: Path, quantization: str, tolerance: float) -> None:
+    base = make_tiny_base(tmp_path / "base", hidden_size=64)
+    folders = [
+        make_adapter(base, tmp_path / "linear", target_modules="all-linear", r=8, std=0.1),
+        make_adapter(base, tmp_path / "attention", r=5, seed=1),
+    ]
+    found = _compare(base, folders, tuple(range(20, 84)), quantization, "float32")
+    print(f"\nformats tiny {quantization} float32 {found}")
+    assert found.largest <= tolerance
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "tolerance", "agreement"),
+    [("none", "bfloat16", 0.5, 0.9), ("int8", "bfloat16", 1.0, 0.85)],
+)
+def test_real_base_answers_as_peft_on_it(
+    tmp_path: Path, quantization: str, dtype: str, tolerance: float, agreement: float
+) -> None:
+    base = demo_base()
+    folders = [
+        make_adapter(base, tmp_path / "linear", target_modules="all-linear", r=8, std=0.01),
+        make_adapter(base, tmp_path / "attention", r=5, seed=1, std=0.02),
+    ]
+    from transformers import AutoTokenizer
+
+    prompt = tuple(AutoTokenizer.from_pretrained(base).encode(TEXT))
+    found = _compare(base, folders, prompt, quantization, dtype)
+    print(f"\nformats SmolLM2-135M {quantization} {dtype} {found}")
+    assert found.largest <= tolerance
+    assert found.agreement >= agreement
