@@ -138,8 +138,8 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def slots_are_never_all_pinned(self) -> None:
-        slots = self.engine.stats().slots
-        assert sum(slot.pinned for slot in slots) < SETTINGS.num_slots
+        stats = self.engine.stats()
+        assert sum(slot.pinned for slot in stats.slots) < stats.num_slots
 
     def teardown(self) -> None:
         for use in self.uses:

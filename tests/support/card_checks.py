@@ -145,7 +145,7 @@ def _many(engine: Engine, uses: Any, num_requests: int) -> Outcome:
         found = _answers(engine, [_submit(f"m{at}", prompts[which], sixteen[who], 3) for at, (who, which) in part])
         for at, (who, which) in part:
             num_different += found[f"m{at}"][0] != first.setdefault((who % 4, which), found[f"m{at}"][0])
-    name = f"{num_requests} requests, 16 adapters, {engine.settings.num_slots} slots"
+    name = f"{num_requests} requests, 16 adapters, {engine.size.num_slots} slots"
     evictions = engine.stats().counters.num_adapter_evictions
     return {"check": name, "ok": num_different == 0, "different": num_different, "evictions": evictions}
 
