@@ -60,9 +60,9 @@ def describe(size: EngineSize, settings: EngineSettings) -> str:
     """Say in one line what was chosen and from what."""
     slots, kv = size.num_slots * size.slot_bytes, size.num_blocks * size.block_bytes
     return (
-        f"room for {size.num_slots} adapters of rank {settings.max_rank} ({_mib(slots)}) and "
-        f"{size.num_blocks * settings.block_size} tokens in {size.num_blocks} KV blocks ({_mib(kv)}), "
-        f"host cache {_mib(size.host_cache_bytes)}; {_mib(size.free.size_bytes)} were free by {size.free.limit}"
+        f"room for {size.num_slots} adapters of rank {settings.max_rank} ({_size(slots)}) and "
+        f"{size.num_blocks * settings.block_size} tokens in {size.num_blocks} KV blocks ({_size(kv)}), "
+        f"host cache {_size(size.host_cache_bytes)}; {_size(size.free.size_bytes)} were free by {size.free.limit}"
     )
 
 
@@ -70,7 +70,7 @@ def _auto_slots(slot_bytes: int, budget: int, free: FreeMemory) -> int:
     num_slots = min(budget // slot_bytes, _MOST_AUTO_SLOTS)
     if num_slots < 1:
         raise WillNotFit(
-            f"a slot takes {_mib(slot_bytes)}, and slots may take {_mib(budget)} of {free.limit}",
+            f"a slot takes {_size(slot_bytes)}, and slots may take {_size(budget)} of {free.limit}",
             hint="serve with a smaller --max-rank, or say --slots",
         )
     return num_slots
@@ -86,7 +86,7 @@ def _num_blocks(base: BaseModel, settings: EngineSettings, size_bytes: int) -> i
     num_blocks = min(size_bytes // block_bytes, most)
     if num_blocks < 2:
         raise WillNotFit(
-            f"{_mib(max(0, size_bytes))} are left for the KV cache, a block of it takes {_mib(block_bytes)}",
+            f"{_size(size_bytes)} are there for the KV cache, a block of it takes {_size(block_bytes)}",
             hint="serve with fewer --slots, a smaller --max-rank, or more memory",
         )
     return num_blocks
@@ -113,8 +113,12 @@ def _host_cache_bytes(settings: EngineSettings, host: FreeMemory) -> int:
 
 
 def _dtype(base: BaseModel) -> torch.dtype:
-    return next(p.dtype for p in base.model.parameters() if p.dtype.is_floating_point)
+    found: torch.dtype = next(p.dtype for p in base.model.parameters() if p.dtype.is_floating_point)
+    return found
 
 
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.1f} MiB"
+def _size(size_bytes: int) -> str:
+    for unit, width in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if abs(size_bytes) >= 1 << width:
+            return f"{size_bytes / (1 << width):.1f} {unit}"
+    return f"{size_bytes} bytes"

@@ -101,11 +101,12 @@ def test_tiny_base_of_each_format_answers_as_peft_on_it(tmp_path: Path, quantiza
 
 @pytest.mark.real_model
 @pytest.mark.parametrize(
-    ("quantization", "dtype", "tolerance", "agreement"),
-    [("none", "bfloat16", 0.5, 0.9), ("int8", "bfloat16", 1.0, 0.85)],
+    ("quantization", "mean", "largest", "agreement"),
+    # Both sides round rows to int8, each a little differently, and a step of that grid is large on a base this small.
+    [("none", 0.1, 0.5, 0.95), ("int8", 0.4, 2.5, 0.8)],
 )
 def test_real_base_answers_as_peft_on_it(
-    tmp_path: Path, quantization: str, dtype: str, tolerance: float, agreement: float
+    tmp_path: Path, quantization: str, mean: float, largest: float, agreement: float
 ) -> None:
     base = demo_base()
     folders = [
@@ -115,7 +116,8 @@ def test_real_base_answers_as_peft_on_it(
     from transformers import AutoTokenizer
 
     prompt = tuple(AutoTokenizer.from_pretrained(base).encode(TEXT))
-    found = _compare(base, folders, prompt, quantization, dtype)
-    print(f"\nformats SmolLM2-135M {quantization} {dtype} {found}")
-    assert found.largest <= tolerance
+    found = _compare(base, folders, prompt, quantization, "bfloat16")
+    print(f"\nformats SmolLM2-135M {quantization} bfloat16 {found}")
+    assert found.mean <= mean
+    assert found.largest <= largest
     assert found.agreement >= agreement

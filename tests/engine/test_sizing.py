@@ -49,7 +49,7 @@ def test_too_little_for_one_slot_or_block_is_refused_with_what_to_change(base: B
     with pytest.raises(WillNotFit, match="a slot takes") as refused:
         choose_size(base, EngineSettings(**SMALL), host=_free(100_000))
     assert "--max-rank" in (refused.value.hint or "")
-    with pytest.raises(WillNotFit, match=r"left for the KV cache"):
+    with pytest.raises(WillNotFit, match="are there for the KV cache"):
         choose_size(base, EngineSettings(num_slots=4, **SMALL), host=_free(100_000))
 
 
