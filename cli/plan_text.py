@@ -78,8 +78,6 @@ def _parts(memory: Any, adapter: str) -> str:
 
 
 def _room(plan: Any) -> str:
-    if plan.available_bytes is None:
-        return ""
     return f" of {size(plan.available_bytes)} free   {'fits' if plan.fits else 'DOES NOT FIT'}"
 
 

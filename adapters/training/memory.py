@@ -53,7 +53,8 @@ class Ledger:
     def __init__(self, model: Any, recipe: Recipe, largest: Pass, *, device: str, runtime: int) -> None:
         self._model, self._largest, self._runtime = model, largest, runtime
         linear, self._other, self.num_parameters, self.num_modules = _count(model)
-        self._linear, width = linear, model.get_base_model().dtype.itemsize
+        width: int = model.get_base_model().dtype.itemsize
+        self._linear = linear
         self._base = round(linear * _QUANTIZED_BYTES.get(recipe.quantize, width)) + self._other * width
         if recipe.quantize == "int8" and device == "cpu" and recipe.train.expand_int8 is not False:
             self._base += linear * width
@@ -99,7 +100,7 @@ def empty_model(config: Any, recipe: Recipe, *, dtype: Any, device: str) -> tupl
     base.requires_grad_(False)
     part = recipe.adapter
     if part.start_from:
-        lora = PeftConfig.from_pretrained(part.start_from)
+        lora: Any = PeftConfig.from_pretrained(part.start_from)
         lora.base_model_name_or_path, lora.inference_mode = None, False  # it goes on learning, over this base
         targets = sorted(lora.target_modules)
     else:

@@ -40,7 +40,7 @@ class Plan:
     """Whether activations are computed again: as the recipe says, else where the run would not fit otherwise."""
     memory: Memory
     full_fine_tuning: Memory
-    available_bytes: int | None
+    available_bytes: int
     device: str
     seconds: float | None = None
     """Length of the run by a probe, where one was made."""
@@ -48,7 +48,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the peak is below what the device has free."""
-        return self.available_bytes is None or self.memory.total <= self.available_bytes
+        return self.memory.total <= self.available_bytes
 
 
 def make_plan(recipe: Recipe, inputs: Inputs | None = None) -> Plan:
@@ -70,7 +70,7 @@ def make_plan(recipe: Recipe, inputs: Inputs | None = None) -> Plan:
     ledger = Ledger(model, recipe, _largest(micros), device=device, runtime=runtime_bytes(device))
     recompute, available = bool(recipe.train.checkpoint_activations), available_bytes(device)
     needed = ledger.adapter(recompute=recompute)
-    if recipe.train.checkpoint_activations is None and available is not None and needed.total > available:
+    if recipe.train.checkpoint_activations is None and needed.total > available:
         recompute, needed = True, ledger.adapter(recompute=True)
     return Plan(
         base_id=inputs.identity.id,

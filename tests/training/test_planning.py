@@ -131,7 +131,7 @@ def test_command_prints_the_ledger(tmp_path: Path, base: Path, capsys: pytest.Ca
 
 def test_page_of_costs_says_what_the_ledger_counts() -> None:
     page = (Path(planning.__file__).parent / "COSTS.md").read_text()
-    shape = {"vocab_size": 64_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
+    shape: Any = {"vocab_size": 64_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
     config = LlamaConfig(**shape, num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False)
     recipes = {
         held: resolve_recipe(preset="article", file=None, settings={"quantize": held})
