@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loractl.adapters.errors import Incompatible, NotFound, UsageError, WillNotFit
+from loractl.adapters.host_processors import keep_threads_to_processors
 from loractl.adapters.manifest import Quantization
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def load_base_model(
     if not (folder / "config.json").is_file():
         raise NotFound(f"{folder}: no config.json", hint="a base is a folder in transformers' format, or a hub repo id")
     teach_layout(folder)
+    keep_threads_to_processors()
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     compute = pick_dtype(dtype, device=where)
     quiet_libraries()

@@ -1,12 +1,11 @@
-"""How much memory this process may still take: the machine's, or its container's where that is less. Knows no models.
-
-A container's limit stands in its control group (cgroup v1 or v2); the machine's own figures do not show it.
-"""
+"""What memory a process may still take: the machine's, or its container's where that is less. Knows no models."""
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from loractl.adapters.control_groups import control_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +45,10 @@ def _machine(root: Path) -> FreeMemory:
 
 
 def _control_groups(root: Path) -> Iterator[FreeMemory]:
-    own = root / "proc/self/cgroup"
-    for line in own.read_text().splitlines() if own.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            yield from _limits(root / "sys/fs/cgroup/memory", path, _V1)
-        elif not controllers:
-            yield from _limits(root / "sys/fs/cgroup", path, _V2)
-
-
-def _limits(mount: Path, path: str, files: _Files) -> Iterator[FreeMemory]:
-    """Limits of a group and of those above it; in a container the path may be the host's, and only the mount is
-    there."""
-    group = mount / path.lstrip("/")
-    while True:
-        free = _free_of(group, files)
+    for version, group in control_groups("memory", root):
+        free = _free_of(group, _V1 if version == 1 else _V2)
         if free is not None:
             yield free
-        if group == mount or mount not in group.parents:
-            return
-        group = group.parent
 
 
 def _free_of(group: Path, files: _Files) -> FreeMemory | None:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from loractl.adapters.host_memory import free_memory
+from loractl.adapters.host_processors import keep_threads_to_processors
 from loractl.cli.output import print_json
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "huggingface_hub", "safetensors", "litestar")
@@ -52,6 +53,7 @@ def _version(name: str) -> str | None:
 def _device() -> dict[str, Any]:
     import torch
 
+    keep_threads_to_processors()
     facts: dict[str, Any] = {
         "kind": "cuda" if torch.cuda.is_available() else "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
