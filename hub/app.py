@@ -25,6 +25,7 @@ from loractl.hub.hf import (
 )
 from loractl.hub.metrics import HubMetrics
 from loractl.hub.pages.router import pages_router
+from loractl.hub.scheduled_gc import collecting
 from loractl.hub.services import open_hub
 from loractl.hub.settings import HubSettings
 from loractl.hub.webhooks import dispatching
@@ -64,7 +65,7 @@ def create_app(settings: HubSettings) -> Litestar:
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
         async with open_hub(settings, metrics=metrics) as hub:
             app.state.hub = hub
-            async with running(hub.feed), dispatching(hub.dispatcher):
+            async with running(hub.feed), dispatching(hub.dispatcher), collecting(hub):
                 yield
 
     app = Litestar(

@@ -10,13 +10,14 @@ from types import FrameType
 import uvicorn
 from litestar import Litestar
 
-from loractl.adapters.errors import LoractlError, Unreachable, UsageError
+from loractl.adapters.errors import UsageError
 from loractl.hub.actor import SYSTEM
 from loractl.hub.app import create_app
-from loractl.hub.collect import Collected, collect
+from loractl.hub.collect import Collected
 from loractl.hub.fsck import Report, check
 from loractl.hub.logs import configure_logs
 from loractl.hub.registry.records import UpkeepKind
+from loractl.hub.scheduled_gc import collect_and_note
 from loractl.hub.services import open_hub
 from loractl.hub.settings import HubSettings
 from loractl.hub.wire import TokenCreate, TokenCreated, TokenView
@@ -118,14 +119,7 @@ async def revoke_token(settings: HubSettings, token_id: str) -> TokenView:
 async def collect_garbage(settings: HubSettings, *, grace_s: float | None) -> Collected:
     """Remove what nothing names; safe beside a running hub."""
     async with open_hub(settings) as hub:
-        try:
-            done = await collect(hub, grace_s=settings.gc_grace_s if grace_s is None else grace_s)
-        except LoractlError:
-            with contextlib.suppress(Unreachable):
-                await hub.upkeep.note(UpkeepKind.GC, succeeded=False)
-            raise
-        await hub.upkeep.note(UpkeepKind.GC, succeeded=True, num_blobs=done.num_blobs + done.num_orphans)
-        return done
+        return await collect_and_note(hub, grace_s=settings.gc_grace_s if grace_s is None else grace_s)
 
 
 async def check_store(settings: HubSettings, *, read_data: bool) -> Report:

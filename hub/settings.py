@@ -58,6 +58,8 @@ class HubSettings:
     """A request whose body stalls for longer is cut."""
     gc_grace_s: float = 24 * 3600.0
     """A blob that nothing names is kept this long after it was last touched."""
+    gc_every_s: float = 24 * 3600.0
+    """A running hub runs gc by itself this often; 0: never."""
     webhook_private_addresses: bool = False
     """Let webhooks send to addresses of this machine and its network too."""
     webhook_attempts: int = 8

@@ -1,19 +1,25 @@
 """gc, fsck and the operator's commands on a real store."""
 
 import asyncio
+import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HfHubHTTPError
+from sqlalchemy import update
 
-from live_hub import LiveHub
+from live_hub import LiveHub, live_hub
 from loractl.adapters.digest import file_sha256
 from loractl.adapters.errors import BadData, BlobMissing
 from loractl.cli.hub_commands import hub as hub_group
+from loractl.hub import scheduled_gc, tables
+from loractl.hub.registry.records import UpkeepKind
 from loractl.hub.run import check_store, collect_garbage
+from loractl.hub.services import open_hub
 
 
 def _push(hub: LiveHub, folder: Path, repo: str) -> None:
@@ -40,6 +46,63 @@ def test_gc_keeps_what_is_within_the_grace(hub: LiveHub, adapter: Path) -> None:
     _push(hub, adapter, "team/goes")
     hub.api().delete_repo("team/goes")
     assert asyncio.run(collect_garbage(hub.settings, grace_s=3600.0)).num_blobs == 0
+
+
+def test_running_hub_collects_by_itself_once_a_period(tmp_path: Path, adapter: Path) -> None:
+    with live_hub(tmp_path / "hub", gc_every_s=0.5, gc_grace_s=0.0) as hub:
+        _push(hub, adapter, "team/goes")
+        hub.api().delete_repo("team/goes")
+        deadline = time.monotonic() + 60.0
+        while time.monotonic() < deadline and (are_there := _are_there(hub, adapter)):
+            time.sleep(0.1)
+        assert not are_there
+        with hub.http() as client:
+            told = client.get("/metrics").text
+        assert re.search(r"loractl_hub_gc_runs_total\{[^}]*\} [1-9]", told), told
+
+
+@pytest.mark.parametrize(("last_run_s_ago", "collects"), [(7200.0, True), (60.0, False)])
+def test_period_counts_from_the_last_run_whoever_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: Path, last_run_s_ago: float, collects: bool
+) -> None:
+    monkeypatch.setattr(scheduled_gc, "_LONGEST_SPREAD_S", 0.0)
+    with live_hub(tmp_path / "hub", gc_every_s=0.0) as hub:
+        _push(hub, adapter, "team/goes")
+        hub.api().delete_repo("team/goes")
+        asyncio.run(_note_gc(hub, last_run_s_ago))
+    with live_hub(tmp_path / "hub", gc_every_s=3600.0, gc_grace_s=0.0) as hub:
+        deadline = time.monotonic() + (60.0 if collects else 1.0)
+        while time.monotonic() < deadline and (are_there := _are_there(hub, adapter)):
+            time.sleep(0.1)
+        assert are_there is not collects
+
+
+def test_runs_of_gc_at_the_same_moment_share_the_work(hub: LiveHub, adapter: Path, other_adapter: Path) -> None:
+    async def collect_thrice() -> int:
+        runs = (collect_garbage(hub.settings, grace_s=0.0) for _ in range(3))
+        return sum(done.num_blobs for done in await asyncio.gather(*runs))
+
+    _push(hub, other_adapter, "team/stays")
+    before = asyncio.run(check_store(hub.settings, read_data=False)).num_blobs
+    _push(hub, adapter, "team/goes")
+    after = asyncio.run(check_store(hub.settings, read_data=False)).num_blobs
+    hub.api().delete_repo("team/goes")
+    assert asyncio.run(collect_thrice()) == after - before
+    assert asyncio.run(check_store(hub.settings, read_data=True)).is_sound
+
+
+async def _note_gc(hub: LiveHub, seconds_ago: float) -> None:
+    async with open_hub(hub.settings) as opened:
+        await opened.upkeep.note(UpkeepKind.GC, succeeded=True)
+        async with opened.database.write() as connection:
+            await connection.execute(update(tables.upkeep).values(at=time.time() - seconds_ago))
+
+
+def _are_there(hub: LiveHub, adapter: Path) -> bool:
+    try:
+        return bool(hub.blob_bytes(file_sha256(adapter / "adapter_model.safetensors")))
+    except BlobMissing:
+        return False
 
 
 def test_gc_beside_pushes_loses_nothing(hub: LiveHub, adapter: Path, other_adapter: Path) -> None:
