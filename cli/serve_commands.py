@@ -39,6 +39,13 @@ from loractl.cli.output import is_interactive, print_json, print_note
 @click.option("--max-model-len", type=int, help="Longest sequence, prompt and output together.")
 @click.option("--max-running", default=64, show_default=True, help="Sequences that decode at once.")
 @click.option("--max-queue", default=1024, show_default=True, help="Requests that may wait; the next one gets 429.")
+@click.option(
+    "--max-step-s",
+    type=click.FloatRange(min=1),
+    default=30.0,
+    show_default=True,
+    help="A step that takes longer counts as hung and is interrupted; more for a large base on few processors.",
+)
 @click.option("--api-keys", "keys_file", type=click.Path(path_type=Path), help="File with one API key a line.")
 @click.option("--keys-from-hub", is_flag=True, help="Callers' hub tokens are API keys, for what they may read there.")
 @click.option("--adapter-requests", type=click.FloatRange(1), help="Requests a minute of each adapter, over all keys.")
@@ -114,6 +121,7 @@ def _choices(options: dict[str, Any]) -> Any:
         quantization=options["quantize"],
         dtype=options["dtype"],
         engine=engine,
+        max_step_s=options["max_step_s"],
         cache_folder=options["cache"],
         cache_bytes=options["cache_bytes"],
         drain_timeout_s=options["drain_timeout"],

@@ -13,7 +13,7 @@ from loractl.adapters.errors import UsageError
 from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.manifest import Quantization
 from loractl.server.access import Access, Key
-from loractl.server.bridge import Bridge, EngineLike
+from loractl.server.bridge import Bridge, BridgeLimits, EngineLike
 from loractl.server.engine.settings import EngineSettings
 from loractl.server.fetch import AdapterSource, Found
 from loractl.server.hub_callers import HubCallers
@@ -42,6 +42,7 @@ class Choices:
     quantization: Quantization = "int8"
     dtype: Dtype = "auto"
     engine: EngineSettings = field(default_factory=EngineSettings)
+    max_step_s: float = 30.0
     cache_folder: Path | None = None
     cache_bytes: int | None = None
     drain_timeout_s: float = 300.0
@@ -128,7 +129,12 @@ def assemble(
     )
     return Serving(
         settings=settings,
-        bridge=Bridge(make_engine, on_step=metrics.saw_step, on_load=metrics.saw_load),
+        bridge=Bridge(
+            make_engine,
+            limits=BridgeLimits(stall_s=choices.max_step_s / 3, hang_s=choices.max_step_s),
+            on_step=metrics.saw_step,
+            on_load=metrics.saw_load,
+        ),
         source=source,
         hub_events=None if hub is None else HubEvents(source, hub.url, token=choices.hub_token),
         prompts=prompts,

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from loractl.server import assemble
 from loractl.server.bridge import Bridge, BridgeLimits
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
@@ -28,6 +29,13 @@ async def _until(condition: Any, timeout_s: float = 10.0) -> None:
 
 def _slow(engine: Any) -> None:
     engine.step_s = 0.02
+
+
+def test_operator_says_how_long_a_step_may_take(tmp_path: Path) -> None:
+    base = make_tiny_base(tmp_path / "tiny-base")
+    checked = assemble.check(assemble.Choices(base=str(base), max_step_s=120.0))
+    serving = assemble.assemble(checked, make_engine=cast(Any, None), prompts=cast(Any, None))
+    assert serving.bridge.limits == BridgeLimits(stall_s=40.0, hang_s=120.0)
 
 
 async def test_plain_request_is_cancelled_when_its_client_leaves(start_server: Any) -> None:
