@@ -18,7 +18,7 @@ from loractl.adapters.digest import folder_digest
 from loractl.adapters.reference import Digest
 from loractl.server.engine.base_model import BaseModel, load_base
 from loractl.server.engine.engine import Engine
-from loractl.server.engine.kernels.linear import Int8Linear, int8_product
+from loractl.server.engine.kernels.linear import Int8Linear, int8_product, quantize_rows
 from loractl.server.engine.messages import AdapterUse, Failed, RequestId, Sampling, Submit, Token
 from loractl.server.engine.settings import EngineSettings
 
@@ -114,18 +114,24 @@ def medians(engine: Engine, scenarios: Mapping[str, tuple[Uses, Work]], *, num_r
     return {name: round(statistics.median(values), 1) for name, values in rates.items()}
 
 
-def bare_products_s(engine: Engine, num_rows: int) -> float:
-    """Seconds of the bare int8 products of one step: `torch._int_mm` over every linear layer and the head."""
+def products_s(engine: Engine, num_rows: int, *, compiled: bool) -> float:
+    """Seconds of the int8 products of one step over every linear layer and the head.
+
+    By `_int_mm` bare of scales and of quantizing the rows, of which torch has no fast form for some processors,
+    or by the layers' own compiled product with both.
+    """
     layers = [module for module in engine.base.model.modules() if isinstance(module, Int8Linear)]
-    weights = [layer.codes() for layer in layers]
-    rows = {
-        width: torch.randint(-127, 128, (num_rows, width), dtype=torch.int8) for width in {w.shape[1] for w in weights}
-    }
+    rows = {width: torch.randn(num_rows, width, dtype=torch.bfloat16) for width in {one.in_features for one in layers}}
+    codes = {width: quantize_rows(of_width)[0] for width, of_width in rows.items()}
+    weights = [] if compiled else [layer.codes() for layer in layers]
     times = []
     for _ in range(5):
         start = time.perf_counter()
+        if compiled:
+            for layer in layers:
+                layer(rows[layer.in_features])
         for weight in weights:
-            int8_product(rows[weight.shape[1]], weight)
+            int8_product(codes[weight.shape[1]], weight)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -159,11 +165,8 @@ def ratios(
     yield from _steps(engine, work, num_runs)
     yield from _cold(engine, uses[:num_slots], work, num_runs)
     yield from _working_sets(engine, uses, num_slots, work, num_runs)
+    yield _unused(engine, base_folder, work, num_runs)
     engine.close()
-    small = make_engine(base, num_slots=1, max_rank=1, num_requests=work.num_requests)
-    off = medians(small, {"off": (_BASE, work)}, num_runs=num_runs)["off"]
-    small.close()
-    yield _figure("base traffic, slots full and unused / no room for adapters", ours[work.num_requests, 0], off)
     yield from _dense(base_folder, work, num_runs, ours)
     yield from _peers(peers, ours)
 
@@ -194,8 +197,9 @@ def _mixing(
 def _steps(engine: Engine, work: Work, num_runs: int) -> Iterator[dict[str, Any]]:
     found = [burst(engine, _BASE, work).decode_s for _ in range(num_runs)]
     step_s = statistics.median(value for value in found if value is not None)
-    floor_s = bare_products_s(engine, work.num_requests)
-    yield _figure("step / bare products, ms", round(step_s * 1e3, 2), round(floor_s * 1e3, 2))
+    for name, compiled in (("bare products", False), ("products in the layers", True)):
+        floor_s = products_s(engine, work.num_requests, compiled=compiled)
+        yield _figure(f"step / {name}, ms", round(step_s * 1e3, 2), round(floor_s * 1e3, 2))
 
 
 def _cold(engine: Engine, uses: Uses, work: Work, num_runs: int) -> Iterator[dict[str, Any]]:
@@ -238,6 +242,22 @@ def _zipf(uses: Uses, count: int, num_requests: int) -> Uses:
         (AdapterUse(digest=Digest(f"sha256:{index:064x}"), folder=uses[index % len(uses)][0].folder),)
         for index in chosen
     ]
+
+
+def _unused(engine: Engine, base_folder: Path, work: Work, num_runs: int) -> dict[str, Any]:
+    """Traffic without adapters beside full slots, and on an engine that has room for none, in turns."""
+    base = load_base(base_folder, quantization="int8")  # its own: an engine makes the layers of its base its own
+    bare = make_engine(base, num_slots=1, max_rank=1, num_requests=work.num_requests)
+    engines = {"full": engine, "bare": bare}
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    for each in engines.values():
+        burst(each, _BASE, dataclasses.replace(work, num_output_tokens=2))
+    for _ in range(num_runs):
+        for name, each in engines.items():
+            rates[name].append(burst(each, _BASE, work).rate)
+    bare.close()
+    full, off = (round(statistics.median(rates[name]), 1) for name in ("full", "bare"))
+    return _figure("base traffic, slots full and unused / no room for adapters", full, off)
 
 
 def _dense(
