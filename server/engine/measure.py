@@ -117,8 +117,7 @@ def medians(engine: Engine, scenarios: Mapping[str, tuple[Uses, Work]], *, num_r
 def products_s(engine: Engine, num_rows: int, *, compiled: bool) -> float:
     """Seconds of the int8 products of one step over every linear layer and the head.
 
-    By `_int_mm` bare of scales and of quantizing the rows, of which torch has no fast form for some processors,
-    or by the layers' own compiled product with both.
+    By torch's `_int_mm`, bare of scales and of quantizing the rows, or by the layers' own compiled product with both.
     """
     layers = [module for module in engine.base.model.modules() if isinstance(module, Int8Linear)]
     rows = {width: torch.randn(num_rows, width, dtype=torch.bfloat16) for width in {one.in_features for one in layers}}
