@@ -53,9 +53,9 @@ def test_running_hub_collects_by_itself_once_a_period(tmp_path: Path, adapter: P
         _push(hub, adapter, "team/goes")
         hub.api().delete_repo("team/goes")
         deadline = time.monotonic() + 60.0
-        while time.monotonic() < deadline and (are_there := _are_there(hub, adapter)):
+        while time.monotonic() < deadline and _are_there(hub, adapter):
             time.sleep(0.1)
-        assert not are_there
+        assert not _are_there(hub, adapter)
         with hub.http() as client:  # a run is noted once its blobs are gone
             while not re.search(r"loractl_hub_gc_runs_total\{[^}]*\} [1-9]", client.get("/metrics").text):
                 assert time.monotonic() < deadline
@@ -73,9 +73,9 @@ def test_period_counts_from_the_last_run_whoever_started_it(
         asyncio.run(_note_gc(hub, last_run_s_ago))
     with live_hub(tmp_path / "hub", gc_every_s=3600.0, gc_grace_s=0.0) as hub:
         deadline = time.monotonic() + (60.0 if collects else 1.0)
-        while time.monotonic() < deadline and (are_there := _are_there(hub, adapter)):
+        while time.monotonic() < deadline and _are_there(hub, adapter):
             time.sleep(0.1)
-        assert are_there is not collects
+        assert _are_there(hub, adapter) is not collects
 
 
 def test_runs_of_gc_at_the_same_moment_share_the_work(hub: LiveHub, adapter: Path, other_adapter: Path) -> None:
