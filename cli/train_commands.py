@@ -142,13 +142,15 @@ def plan(*, as_json: bool, probe: bool, server: str | None, key: str | None, **f
 
     from loractl.adapters.errors import Incompatible, WillNotFit
     from loractl.adapters.training.planning import make_plan, probe_seconds
+    from loractl.adapters.training.run import prepare, resolve_numbers
     from loractl.cli.plan_text import plan_lines, server_line
 
     recipe = _recipe(flags | {"recipe": Path(flags["recipe"][0]) if flags["recipe"] else None})
-    made = make_plan(recipe)
+    inputs = prepare(resolve_numbers(recipe))
+    made = make_plan(recipe, inputs)
     if probe:
         print_note("loading the base for the probe ...")
-        made = replace(made, seconds=probe_seconds(recipe, made))
+        made = replace(made, seconds=probe_seconds(recipe, inputs, made))
     findings = _asked(made, server.rstrip("/"), key) if server else []
     refused = any(one.fits is False for one in findings)
     if as_json:

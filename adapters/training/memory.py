@@ -1,4 +1,4 @@
-"""What a run holds in memory, in bytes by part, beside full fine-tuning. Loads no weights and reads no data.
+"""What a run holds in memory, in bytes by part, beside full fine-tuning. Loads no weights.
 
 Activations are counted, not guessed: the model runs on torch's meta device, where tensors have shapes and no memory,
 and what autograd would keep for the backward pass is summed.
@@ -6,11 +6,15 @@ and what autograd would keep for the backward pass is summed.
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loractl.adapters.base_loading import pick_dtype, quiet_libraries, teach_layout
 from loractl.adapters.host_memory import free_memory
+from loractl.adapters.training.batches import MICRO_BATCH_TOKENS, micro_batches, padded_tokens, step_rows
+from loractl.adapters.training.examples import Example
 from loractl.adapters.training.loss import CHUNK_POSITIONS
 from loractl.adapters.training.recipe import Recipe
 
@@ -51,7 +55,7 @@ class Ledger:
     """The bytes of a run by part, on an empty model that carries the recipe's adapter."""
 
     def __init__(self, model: Any, recipe: Recipe, largest: Pass, *, device: str, runtime: int) -> None:
-        self._model, self._largest, self._runtime = model, largest, runtime
+        self.model, self._largest, self._runtime = model, largest, runtime
         linear, self._other, self.num_parameters, self.num_modules = _count(model)
         width: int = model.get_base_model().dtype.itemsize
         self._linear = linear
@@ -67,9 +71,9 @@ class Ledger:
 
     def full(self, *, recompute: bool) -> Memory:
         """Count training every weight by mixed-precision Adam, without an adapter."""
-        base = self._model.get_base_model()
+        base = self.model.get_base_model()
         frozen = [parameter for parameter in base.parameters() if not parameter.requires_grad]
-        with self._model.disable_adapter():
+        with self.model.disable_adapter():
             base.requires_grad_(True)
             activations = self._activations(recompute=recompute)
         for parameter in frozen:
@@ -82,8 +86,51 @@ class Ledger:
     def _activations(self, *, recompute: bool) -> int:
         largest = self._largest
         return _activation_bytes(
-            self._model, num_rows=largest.num_rows, num_tokens=largest.num_tokens, recompute=recompute
+            self.model, num_rows=largest.num_rows, num_tokens=largest.num_tokens, recompute=recompute
         )
+
+
+def make_ledger(
+    recipe: Recipe, folder: Path, micros: Sequence[Sequence[Example]], *, device: str
+) -> tuple[Ledger, list[str]]:
+    """Count for a base's folder and a run's micro-batches; returns the modules reached beside."""
+    quiet_libraries()  # before transformers imports what speaks
+    from transformers import AutoConfig
+
+    dtype = pick_dtype(recipe.dtype, device=device)
+    teach_layout(folder)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    model, targets = empty_model(config, recipe, dtype=dtype, device=device)
+    return Ledger(model, recipe, _largest(micros), device=device, runtime=runtime_bytes(device)), targets
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a run fits in memory, whether activations are computed again among it."""
+
+    recompute: bool
+    needed: Memory
+    available_bytes: int
+
+
+def fit_run(recipe: Recipe, ledger: Ledger, *, device: str) -> Fit:
+    """Keep activations as the recipe says, else unless the run would not fit then."""
+    recompute, available = bool(recipe.train.checkpoint_activations), available_bytes(device)
+    needed = ledger.adapter(recompute=recompute)
+    if recipe.train.checkpoint_activations is None and needed.total > available:
+        recompute, needed = True, ledger.adapter(recompute=True)
+    return Fit(recompute, needed, available)
+
+
+def run_micro_batches(train: Sequence[Example], recipe: Recipe) -> list[list[Example]]:
+    """All that goes through the model in a run, in order."""
+    return [
+        micro
+        for rows in step_rows(len(train), recipe.train)
+        for micro in micro_batches(
+            [train[row] for row in rows], num_rows=recipe.train.batch_size, num_tokens=MICRO_BATCH_TOKENS
+        )
+    ]
 
 
 def empty_model(config: Any, recipe: Recipe, *, dtype: Any, device: str) -> tuple[Any, list[str]]:
@@ -131,6 +178,15 @@ def available_bytes(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     return free_memory().size_bytes
+
+
+def _largest(micros: Sequence[Sequence[Example]]) -> Pass:
+    largest = max(micros, key=lambda micro: padded_tokens(micro) * micro[-1].longest ** 0.2)
+    return Pass(
+        num_rows=sum(len(row.sequences) for row in largest),
+        num_tokens=largest[-1].longest,
+        num_learned=max(sum(example.num_learned for example in micro) for micro in micros),
+    )
 
 
 def _count(model: Any) -> tuple[int, int, int, int]:

@@ -1,13 +1,10 @@
 """What a run would take: rows, tokens, steps, memory, and the time of a probe. Loads no weights but for the probe."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loractl.adapters.base_loading import pick_dtype, quiet_libraries, teach_layout
-from loractl.adapters.training.batches import MICRO_BATCH_TOKENS, micro_batches, num_steps, padded_tokens, step_rows
+from loractl.adapters.training.batches import num_steps, padded_tokens
 from loractl.adapters.training.data_summary import DataSummary
-from loractl.adapters.training.examples import Example
-from loractl.adapters.training.memory import Ledger, Memory, Pass, available_bytes, empty_model, runtime_bytes
+from loractl.adapters.training.memory import Memory, fit_run, make_ledger, run_micro_batches
 from loractl.adapters.training.recipe import Recipe
 from loractl.adapters.training.rows import rows_digest
 from loractl.adapters.training.run import Inputs, prepare, resolve_numbers
@@ -55,29 +52,19 @@ def make_plan(recipe: Recipe, inputs: Inputs | None = None) -> Plan:
     """Plan a run, reading its data where `inputs` are not given; raises what `train` would before its first step."""
     import torch
 
-    quiet_libraries()  # before transformers imports what speaks
-    from transformers import AutoConfig
-
     recipe = resolve_numbers(recipe)
     inputs = inputs or prepare(recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = pick_dtype(recipe.dtype, device=device)
-    teach_layout(inputs.folder)
-    config = AutoConfig.from_pretrained(str(inputs.folder), local_files_only=True)
-    model, targets = empty_model(config, recipe, dtype=dtype, device=device)
-    lora = model.peft_config["default"]
-    micros = _micro_batches(inputs.train, recipe)
-    ledger = Ledger(model, recipe, _largest(micros), device=device, runtime=runtime_bytes(device))
-    recompute, available = bool(recipe.train.checkpoint_activations), available_bytes(device)
-    needed = ledger.adapter(recompute=recompute)
-    if recipe.train.checkpoint_activations is None and needed.total > available:
-        recompute, needed = True, ledger.adapter(recompute=True)
+    micros = run_micro_batches(inputs.train, recipe)
+    ledger, targets = make_ledger(recipe, inputs.folder, micros, device=device)
+    lora = ledger.model.peft_config["default"]
+    fit = fit_run(recipe, ledger, device=device)
     return Plan(
         base_id=inputs.identity.id,
         base_fingerprint=inputs.identity.fingerprint,
         base_chat_template_sha256=inputs.identity.chat_template_sha256,
         quantize=recipe.quantize,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(ledger.model.get_base_model().dtype).removeprefix("torch."),
         data=inputs.summary,
         data_digest=rows_digest(inputs.rows),
         rank=lora.r,
@@ -90,15 +77,15 @@ def make_plan(recipe: Recipe, inputs: Inputs | None = None) -> Plan:
         num_steps=num_steps(len(inputs.train), recipe.train),
         rows_per_step=recipe.train.batch_size * recipe.train.accumulation,
         num_padded_tokens=sum(padded_tokens(micro) for micro in micros),
-        checkpoint_activations=recompute,
-        memory=needed,
-        full_fine_tuning=ledger.full(recompute=recompute),
-        available_bytes=available,
+        checkpoint_activations=fit.recompute,
+        memory=fit.needed,
+        full_fine_tuning=ledger.full(recompute=fit.recompute),
+        available_bytes=fit.available_bytes,
         device=device,
     )
 
 
-def probe_seconds(recipe: Recipe, plan: Plan) -> float:
+def probe_seconds(recipe: Recipe, inputs: Inputs, plan: Plan) -> float:
     """Load the base, run forward and backward on the two longest rows, and scale to the whole run."""
     import time
 
@@ -108,7 +95,6 @@ def probe_seconds(recipe: Recipe, plan: Plan) -> float:
     from loractl.adapters.training.trunk import Trunk
 
     recipe = resolve_numbers(recipe)
-    inputs: Inputs = prepare(recipe)
     rows = sorted(inputs.train, key=lambda example: example.longest)[-2:]
     trunk = Trunk(load_base_model(inputs.folder, quantization=recipe.quantize, dtype=recipe.dtype))
     trunk.attach("default", recipe, revision=None, examples=inputs.train, fresh=True)
@@ -129,22 +115,3 @@ def probe_seconds(recipe: Recipe, plan: Plan) -> float:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     return seconds / padded_tokens(rows) * plan.num_padded_tokens
-
-
-def _micro_batches(train: Sequence[Example], recipe: Recipe) -> list[list[Example]]:
-    return [
-        micro
-        for rows in step_rows(len(train), recipe.train)
-        for micro in micro_batches(
-            [train[row] for row in rows], num_rows=recipe.train.batch_size, num_tokens=MICRO_BATCH_TOKENS
-        )
-    ]
-
-
-def _largest(micros: Sequence[Sequence[Example]]) -> Pass:
-    largest = max(micros, key=lambda micro: padded_tokens(micro) * micro[-1].longest ** 0.2)
-    return Pass(
-        num_rows=sum(len(row.sequences) for row in largest),
-        num_tokens=largest[-1].longest,
-        num_learned=max(sum(example.num_learned for example in micro) for micro in micros),
-    )

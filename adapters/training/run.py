@@ -273,12 +273,17 @@ def _tell_nobody(event: Progress) -> None:
 
 
 def _with_checkpointing(task: Task, inputs: Inputs) -> Task:
-    """Decide by the plan whether activations are kept, where the recipe leaves it open."""
+    """Decide by the memory there is whether activations are kept, where the recipe leaves it open."""
     if task.recipe.train.checkpoint_activations is not None:
         return task
-    from loractl.adapters.training.planning import make_plan
+    import torch
 
-    decided = make_plan(task.recipe, inputs).checkpoint_activations
+    from loractl.adapters.training.memory import fit_run, make_ledger, run_micro_batches
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    micros = run_micro_batches(inputs.train, task.recipe)
+    ledger, _ = make_ledger(task.recipe, inputs.folder, micros, device=device)
+    decided = fit_run(task.recipe, ledger, device=device).recompute
     train = msgspec.structs.replace(task.recipe.train, checkpoint_activations=decided)
     return Task(msgspec.structs.replace(task.recipe, train=train), task.checkpoint)
 

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from loractl.adapters.base_loading import load_base_model
-from loractl.adapters.training import planning
+from loractl.adapters.training import memory
 from loractl.adapters.training.events import Started
 from loractl.adapters.training.memory import Ledger, Pass, empty_model
 from loractl.adapters.training.planning import make_plan
@@ -67,8 +67,8 @@ def test_activations_are_computed_again_only_where_the_run_would_not_fit_otherwi
     again = make_plan(_recipe(tmp_path, base, **{"train.checkpoint_activations": True}))
     assert not kept.checkpoint_activations
     assert again.memory.activations < kept.memory.activations
-    monkeypatch.setattr(planning, "runtime_bytes", lambda _: kept.memory.runtime)
-    monkeypatch.setattr(planning, "available_bytes", lambda _: kept.memory.total - 1)
+    monkeypatch.setattr(memory, "runtime_bytes", lambda _: kept.memory.runtime)
+    monkeypatch.setattr(memory, "available_bytes", lambda _: kept.memory.total - 1)
     tight = make_plan(recipe)
     assert tight.checkpoint_activations
     assert tight.memory.activations == again.memory.activations
@@ -130,7 +130,7 @@ def test_command_prints_the_ledger(tmp_path: Path, base: Path, capsys: pytest.Ca
 
 
 def test_page_of_costs_says_what_the_ledger_counts() -> None:
-    page = (Path(planning.__file__).parent / "COSTS.md").read_text()
+    page = (Path(memory.__file__).parent / "COSTS.md").read_text()
     shape: Any = {"vocab_size": 64_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
     config = LlamaConfig(**shape, num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False)
     recipes = {
