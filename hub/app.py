@@ -10,9 +10,9 @@ from litestar.handlers import HTTPRouteHandler
 from loractl.hub.access import DEPENDENCIES, OPT_KEY, authorise
 from loractl.hub.api import adapter_routes, event_routes, health_routes, operator_routes, token_routes, webhook_routes
 from loractl.hub.api.document import documented, openapi_config
+from loractl.hub.background import beside
 from loractl.hub.edge import Edge
 from loractl.hub.error_answers import EXCEPTION_HANDLERS
-from loractl.hub.events import running
 from loractl.hub.hf import (
     commit_routes,
     download_routes,
@@ -25,10 +25,9 @@ from loractl.hub.hf import (
 )
 from loractl.hub.metrics import HubMetrics
 from loractl.hub.pages.router import pages_router
-from loractl.hub.scheduled_gc import collecting
+from loractl.hub.scheduled_gc import keep_collecting
 from loractl.hub.services import open_hub
 from loractl.hub.settings import HubSettings
-from loractl.hub.webhooks import dispatching
 
 HF_ROUTES = [
     *repo_routes.ROUTES,
@@ -65,7 +64,7 @@ def create_app(settings: HubSettings) -> Litestar:
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
         async with open_hub(settings, metrics=metrics) as hub:
             app.state.hub = hub
-            async with running(hub.feed), dispatching(hub.dispatcher), collecting(hub):
+            async with beside(hub.feed.run()), beside(hub.dispatcher.run()), beside(keep_collecting(hub)):
                 yield
 
     app = Litestar(

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 
-from loractl.adapters.errors import EventsGone, LoractlError, NotAllowed, Overloaded, Unreachable
+from loractl.adapters.errors import EventsGone, NotAllowed, Overloaded, Unreachable
 from loractl.hub.actor import Actor
 from loractl.hub.registry.event_log import EventFilter, EventLog, keep_since
 from loractl.hub.settings import HubSettings
@@ -114,15 +114,3 @@ class EventFeed:
 
 def _message(event: HubEvent) -> bytes:
     return f"event: {event.kind}\nid: {event.id}\ndata: ".encode() + msgspec.json.encode(event) + b"\n\n"
-
-
-@contextlib.asynccontextmanager
-async def running(feed: EventFeed) -> AsyncIterator[None]:
-    """Run the feed while the block lasts."""
-    task = asyncio.create_task(feed.run())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, LoractlError):
-            await task

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator
 
 from loractl.adapters.errors import LoractlError, Unreachable
 from loractl.hub.collect import Collected, collect
@@ -34,23 +33,11 @@ async def collect_and_note(hub: Hub, *, grace_s: float) -> Collected:
     return done
 
 
-@contextlib.asynccontextmanager
-async def collecting(hub: Hub) -> AsyncIterator[None]:
-    """Run gc every `gc_every_s` seconds while the block lasts; never where that is 0."""
-    if not hub.settings.gc_every_s:
-        yield
-        return
-    task = asyncio.create_task(_keep_collecting(hub))
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-
-async def _keep_collecting(hub: Hub) -> None:
+async def keep_collecting(hub: Hub) -> None:
+    """Run gc every `gc_every_s` seconds until cancelled; never where that is 0."""
     every_s = hub.settings.gc_every_s
+    if not every_s:
+        return
     started_at = time.time()
     while True:
         spread_s = random.uniform(0.0, min(_LONGEST_SPREAD_S, every_s / 10))  # noqa: S311 - no secret

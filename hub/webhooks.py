@@ -11,12 +11,10 @@ specification: HMAC-SHA256 over id, timestamp and body.
 
 import asyncio
 import base64
-import contextlib
 import hmac
 import logging
 import random
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -140,15 +138,3 @@ class Dispatcher:
             # Unless somebody asked for a retry meanwhile, which starts over.
             still = (table.c.id == row.delivery, table.c.state == PENDING, table.c.num_attempts == row.num_attempts)
             await connection.execute(update(table).where(*still).values(**values))
-
-
-@contextlib.asynccontextmanager
-async def dispatching(dispatcher: Dispatcher) -> AsyncIterator[None]:
-    """Send while the block lasts."""
-    task = asyncio.create_task(dispatcher.run())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
