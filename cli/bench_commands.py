@@ -66,7 +66,7 @@ def engine(base_folder: Path, adapters: Path | None, **options: Any) -> None:
         max_rank=max_rank,
         num_requests=work.num_requests,
     )
-    rate = medians(prepared, {"burst": (uses_of(folders), work)}, num_runs=num_runs)["burst"]
+    rate = medians({"burst": (prepared, uses_of(folders), work)}, num_runs=num_runs)["burst"]
     prepared.close()
     line = {
         "engine": f"loractl {options['quantize']}",

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,13 @@ def burst(engine: Engine, uses: Uses, work: Work, *, later: Sequence[AdapterUse]
     return Burst(seconds, num_tokens, first, steps, statistics.median(decodes) if decodes else None)
 
 
-def medians(engine: Engine, scenarios: Mapping[str, tuple[Uses, Work]], *, num_runs: int) -> dict[str, float]:
+def medians(scenarios: Mapping[str, tuple[Engine, Uses, Work]], *, num_runs: int) -> dict[str, float]:
     """Tokens per second of each scenario, taken in turns so that the machine's moods reach all alike."""
     rates: dict[str, list[float]] = {name: [] for name in scenarios}
-    for uses, work in scenarios.values():
+    for engine, uses, work in scenarios.values():
         burst(engine, uses, dataclasses.replace(work, num_output_tokens=2))
     for _ in range(num_runs):
-        for name, (uses, work) in scenarios.items():
+        for name, (engine, uses, work) in scenarios.items():
             rates[name].append(burst(engine, uses, work).rate)
     return {name: round(statistics.median(values), 1) for name, values in rates.items()}
 
@@ -121,16 +122,16 @@ def products_s(engine: Engine, num_rows: int, *, compiled: bool) -> float:
     """
     layers = [module for module in engine.base.model.modules() if isinstance(module, Int8Linear)]
     rows = {width: torch.randn(num_rows, width, dtype=torch.bfloat16) for width in {one.in_features for one in layers}}
-    codes = {width: quantize_rows(of_width)[0] for width, of_width in rows.items()}
-    weights = [] if compiled else [layer.codes() for layer in layers]
+    if compiled:
+        products = [partial(layer, rows[layer.in_features]) for layer in layers]
+    else:
+        codes = {width: quantize_rows(of_width)[0] for width, of_width in rows.items()}
+        products = [partial(int8_product, codes[layer.in_features], layer.codes()) for layer in layers]
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        if compiled:
-            for layer in layers:
-                layer(rows[layer.in_features])
-        for weight in weights:
-            int8_product(codes[weight.shape[1]], weight)
+        for product in products:
+            product()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -175,17 +176,17 @@ def _mixing(
 ) -> Iterator[dict[str, Any]]:
     few = dataclasses.replace(work, num_requests=min(16, work.num_requests))
     one = dataclasses.replace(work, num_requests=1)
-    plan: dict[str, tuple[Uses, Work]] = {
-        "one": (_BASE, one),
-        "one+1": (uses[:1], one),
-        "few": (_BASE, few),
-        "few+": (uses[: few.num_requests], few),
-        "base": (_BASE, work),
-        "distinct": (uses, work),
-        "identical": (uses[:1], work),
+    plan: dict[str, tuple[Engine, Uses, Work]] = {
+        "one": (engine, _BASE, one),
+        "one+1": (engine, uses[:1], one),
+        "few": (engine, _BASE, few),
+        "few+": (engine, uses[: few.num_requests], few),
+        "base": (engine, _BASE, work),
+        "distinct": (engine, uses, work),
+        "identical": (engine, uses[:1], work),
     }
-    rates = medians(engine, plan, num_runs=num_runs)
-    for name, (adapters, each) in plan.items():
+    rates = medians(plan, num_runs=num_runs)
+    for name, (_, adapters, each) in plan.items():
         if name != "identical":
             ours[each.num_requests, 0 if adapters is _BASE else len(adapters)] = rates[name]
     yield _figure(f"{few.num_requests} requests, as many adapters / none", rates["few+"], rates["few"])
@@ -224,12 +225,10 @@ def _cold(engine: Engine, uses: Uses, work: Work, num_runs: int) -> Iterator[dic
 
 
 def _working_sets(engine: Engine, uses: Uses, num_slots: int, work: Work, num_runs: int) -> Iterator[dict[str, Any]]:
-    many = dataclasses.replace(work, num_requests=work.num_requests)
-    plan = {"fits": (uses[:num_slots], many), "twice": (uses, many)}
-    rates = medians(engine, plan, num_runs=num_runs)
+    rates = medians({"fits": (engine, uses[:num_slots], work), "twice": (engine, uses, work)}, num_runs=num_runs)
     yield _figure("working set of 2 x slots / = slots", rates["twice"], rates["fits"])
-    plan = {str(count): (_zipf(uses, count, work.num_requests), many) for count in (10, 1000)}
-    rates = medians(engine, plan, num_runs=num_runs)
+    registered = {str(count): (engine, _zipf(uses, count, work.num_requests), work) for count in (10, 1000)}
+    rates = medians(registered, num_runs=num_runs)
     yield _figure("1,000 registered under Zipf(1.0) / 10", rates["1000"], rates["10"])
 
 
@@ -247,16 +246,9 @@ def _unused(engine: Engine, base_folder: Path, work: Work, num_runs: int) -> dic
     """Traffic without adapters beside full slots, and on an engine that has room for none, in turns."""
     base = load_base(base_folder, quantization="int8")  # its own: an engine makes the layers of its base its own
     bare = make_engine(base, num_slots=1, max_rank=1, num_requests=work.num_requests)
-    engines = {"full": engine, "bare": bare}
-    rates: dict[str, list[float]] = {name: [] for name in engines}
-    for each in engines.values():
-        burst(each, _BASE, dataclasses.replace(work, num_output_tokens=2))
-    for _ in range(num_runs):
-        for name, each in engines.items():
-            rates[name].append(burst(each, _BASE, work).rate)
+    rates = medians({"full": (engine, _BASE, work), "bare": (bare, _BASE, work)}, num_runs=num_runs)
     bare.close()
-    full, off = (round(statistics.median(rates[name]), 1) for name in ("full", "bare"))
-    return _figure("base traffic, slots full and unused / no room for adapters", full, off)
+    return _figure("base traffic, slots full and unused / no room for adapters", rates["full"], rates["bare"])
 
 
 def _dense(
@@ -266,7 +258,7 @@ def _dense(
         load_base(base_folder, quantization="none"), num_slots=1, max_rank=1, num_requests=work.num_requests
     )
     few = dataclasses.replace(work, num_requests=min(16, work.num_requests))
-    rates = medians(engine, {"few": (_BASE, few), "all": (_BASE, work)}, num_runs=num_runs)
+    rates = medians({"few": (engine, _BASE, few), "all": (engine, _BASE, work)}, num_runs=num_runs)
     engine.close()
     yield _figure(f"int8 / dense, {few.num_requests} requests", ours[few.num_requests, 0], rates["few"])
     yield _figure(f"int8 / dense, {work.num_requests} requests", ours[work.num_requests, 0], rates["all"])
