@@ -69,8 +69,8 @@ bench-hub: dev ## The hub's speed beside cp and sha256sum, and how lookups grow,
 	PYTHONPATH=tests/support $(BIN)/python tests/bench/bench_hub.py
 
 bench-http: dev ## The same burst through `loractl serve` and through the engine alone, as JSON lines (minutes, a quiet machine)
-	PYTHONPATH=tests/support $(BIN)/python tests/bench/bench_http.py
-	PYTHONPATH=tests/support $(BIN)/python tests/bench/bench_http.py --distinct 32
+	PYTHONPATH=tests/support:tests/demo $(BIN)/python tests/bench/bench_http.py
+	PYTHONPATH=tests/support:tests/demo $(BIN)/python tests/bench/bench_http.py --distinct 32
 
 bench-cuda: dev ## On a machine with an NVIDIA card: is it right, how fast; under ten minutes, build/bench-cuda.json
 	mkdir -p build

@@ -9,20 +9,17 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import statistics
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from demo_assets import demo_base
+from demo_processes import LORACTL, Service, free_port, start_service
 from tiny_models import make_adapter
 
-LORACTL = [sys.executable, "-m", "loractl.cli"]
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -32,22 +29,18 @@ def show(**figures: Any) -> None:
 
 
 @contextlib.contextmanager
-def server(base: Path, adapters: Sequence[Path], *, slots: int, streams: int, log: Path) -> Iterator[tuple[str, int]]:
-    """A server with these adapters by their folders' names; gives its address and process id."""
-    named = [word for folder in adapters for word in ("--adapter", f"{folder.name}={folder}")]
+def server(base: Path, adapters: Sequence[Path], *, slots: int, streams: int, folder: Path) -> Iterator[Service]:
+    """A server with these adapters by their folders' names, its log in `folder`."""
+    port = free_port()
+    named = [word for adapter in adapters for word in ("--adapter", f"{adapter.name}={adapter}")]
     sizes = ["--slots", str(max(1, slots)), "--max-rank", "64", "--max-running", str(min(64, streams))]
-    with log.open("wb") as err:
-        process = subprocess.Popen([*LORACTL, "serve", str(base), "--port", "0", *named, *sizes], stderr=err)
+    words = ("serve", str(base), "--port", str(port), *named, *sizes)
+    service = start_service("server", *words, url=f"http://127.0.0.1:{port}", folder=folder, environment={})
     try:
-        deadline = time.monotonic() + 120
-        while (found := re.search(r"ready: (http://[^/]+)/v1", log.read_text())) is None:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(log.read_text()[-2000:])
-            time.sleep(0.1)
-        yield found[1], process.pid
+        service.wait_until_ready()
+        yield service
     finally:
-        process.terminate()
-        process.wait(30)
+        service.stop()
 
 
 def offline(base: Path, root: Path, options: argparse.Namespace) -> float:
@@ -65,7 +58,7 @@ def online(url: str, models: Sequence[str], options: argparse.Namespace, *, seed
 
 
 def _run(words: Sequence[str]) -> dict[str, Any]:
-    done = subprocess.run([*LORACTL, *words], check=True, capture_output=True, text=True)
+    done = subprocess.run([LORACTL, *words], check=True, capture_output=True, text=True)
     figures: dict[str, Any] = json.loads(done.stdout)
     if figures.get("failures"):
         raise RuntimeError(str(figures["failures"]))
@@ -83,8 +76,9 @@ def measure(base: Path, root: Path, options: argparse.Namespace) -> None:
     alone, served, spent = list[float](), list[float](), list[float]()
     with (
         tempfile.TemporaryDirectory() as work,
-        server(base, folders, slots=len(folders), streams=options.streams, log=Path(work) / "log") as (url, pid),
+        server(base, folders, slots=len(folders), streams=options.streams, folder=Path(work)) as service,
     ):
+        url, pid = service.url, service.process.pid
         models = [folder.name for folder in folders] or [base.name]
         online(url, models, options, seed=1000)
         for round_number in range(options.rounds):
