@@ -1,5 +1,6 @@
 """Every setting of the hub in one list, read from `LORACTL_HUB_*` and the command line. Starts nothing."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -109,7 +110,10 @@ def _parse(text: str, kind: type, *, name: str) -> object:
         if kind is bool:
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
         if kind in {int, float}:
-            return kind(text)
+            number = kind(text)
+            if not 0 <= number < math.inf:
+                raise UsageError(f"{name}={text!r} is not a size, count or time: those are 0 or more")
+            return number
         if issubclass(kind, Path):
             return Path(text)
     except (KeyError, ValueError) as error:

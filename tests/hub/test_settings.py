@@ -21,7 +21,13 @@ def test_settings_are_read_from_the_environment() -> None:
     assert (settings.anonymous_read, settings.blobs, settings.host) == (True, "s3://bucket/prefix", "::1")
 
 
-@pytest.mark.parametrize(("name", "text"), [("PORT", "eighty"), ("ANONYMOUS_READ", "perhaps"), ("GC_GRACE_S", "")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("PORT", "eighty"), ("ANONYMOUS_READ", "perhaps"), ("GC_GRACE_S", "")),
+        *(("GC_EVERY_S", "-5"), ("GC_EVERY_S", "nan"), ("S3_TIMEOUT_S", "inf"), ("MAX_FILES_PER_REPO", "-1")),
+    ],
+)
 def test_setting_that_is_no_value_is_refused_by_its_name(name: str, text: str) -> None:
     with pytest.raises(UsageError, match=f"LORACTL_HUB_{name}"):
         read_settings({f"LORACTL_HUB_{name}": text})
