@@ -85,9 +85,10 @@ def _num_blocks(base: BaseModel, settings: EngineSettings, size_bytes: int) -> i
         size_bytes = settings.kv_bytes
     num_blocks = min(size_bytes // block_bytes, most)
     if num_blocks < 2:
+        advice = "serve with fewer --slots, a smaller --max-rank, or more memory"
         raise WillNotFit(
-            f"{_size(size_bytes)} are there for the KV cache, a block of it takes {_size(block_bytes)}",
-            hint="serve with fewer --slots, a smaller --max-rank, or more memory",
+            f"{_size(max(0, size_bytes))} are there for the KV cache, a block of it takes {_size(block_bytes)}",
+            hint=advice if settings.kv_bytes is None else "a larger --kv-bytes",
         )
     return num_blocks
 

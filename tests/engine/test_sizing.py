@@ -51,6 +51,11 @@ def test_too_little_for_one_slot_or_block_is_refused_with_what_to_change(base: B
     assert "--max-rank" in (refused.value.hint or "")
     with pytest.raises(WillNotFit, match="are there for the KV cache"):
         choose_size(base, EngineSettings(num_slots=4, **SMALL), host=_free(100_000))
+    with pytest.raises(WillNotFit, match=r"^0 bytes are there for the KV cache"):
+        choose_size(base, EngineSettings(num_slots=1_000_000, **SMALL), host=_free(100_000))
+    with pytest.raises(WillNotFit, match=r"^10 bytes are there for the KV cache") as refused:
+        choose_size(base, EngineSettings(num_slots=1, kv_bytes=10, **SMALL), host=_free(1 << 30))
+    assert refused.value.hint == "a larger --kv-bytes"
 
 
 def test_engine_in_a_small_container_says_at_its_start_what_it_took_and_why(
