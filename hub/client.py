@@ -52,7 +52,6 @@ class HubClient(HubTransport):
 
     def fetch(self, resolved: ResolvedAdapter, cache: AdapterCache) -> Path:
         """Give the adapter's folder in the cache, downloaded once and verified before anybody sees it."""
-
         if (present := cache.get(resolved.digest)) is not None:
             return present
         api = self._hf

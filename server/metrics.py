@@ -173,8 +173,8 @@ class ServerMetrics:
         place = TIERS.index(tier)
         for level in _LEVELS[:place]:
             self.tier_lookups.labels(level, "miss").inc()
-        for level in _LEVELS[place : place + 1]:
-            self.tier_lookups.labels(level, "hit").inc()
+        if place < len(_LEVELS):
+            self.tier_lookups.labels(_LEVELS[place], "hit").inc()
 
     def saw_load(self, load: LoadRecord) -> None:
         """Take in one adapter's way into a slot, or why it has none."""

@@ -52,9 +52,7 @@ def test_requests_from_the_document_are_answered_as_it_says(hub: LiveHub, method
     schema = schemathesis.openapi.from_dict(_DOCUMENT)
     schema.config.update(base_url=hub.url)
     operation = schema[path][method]
-    wanted = [
-        *(checks.status_code_conformance, checks.content_type_conformance, checks.response_schema_conformance),
-    ]
+    wanted = [checks.status_code_conformance, checks.content_type_conformance, checks.response_schema_conformance]
 
     def ask(mode: GenerationMode) -> None:
         @hypothesis.given(case=operation.as_strategy(generation_mode=mode), is_real=st.booleans())
