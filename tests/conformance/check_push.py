@@ -227,7 +227,7 @@ def test_busy_hub_is_asked_again(
 
 def test_upload_address_expires(open_hub: OpenHub) -> None:
     """T15."""
-    with open_hub(upload_ttl_s=-1) as hub, _client(hub.url, hub.admin) as http:
+    with open_hub(upload_ttl_s=0) as hub, _client(hub.url, hub.admin) as http:
         http.post("/api/repos/create", json={"name": "adapter", "organization": "team"})
         href = offer(http, "team/adapter", b"late")["actions"]["upload"]["href"]
         assert httpx.put(href, content=b"late").status_code == 403
