@@ -1,6 +1,7 @@
 """A server in a process of its own, real but for its engine, so that drills can signal, kill and count it.
 
     python drill_server.py '{"step_s": 0.01, "max_queue": 1000, "settings": {...}, "hub": URL, "cache": DIR}'
+    python drill_server.py '{"base": DIR, "adapters": {NAME: DIR}, "num_slots": 3}'     with the real engine
 
 Prints its address, then serves until it is told to end.
 """
@@ -17,7 +18,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loractl.server.serving import Serving
 
 _READY = re.compile(r"^ready: (http://\S+)$", re.MULTILINE)
 
@@ -85,6 +89,35 @@ class _Forgetful(list[Any]):
 
 def main(options: dict[str, Any]) -> None:
     """Be that process."""
+    from loractl.server.run import log_to_stderr, open_socket, run_server
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    serving = _with_real_engine(options) if "base" in options else _with_fake_engine(options)
+    listener = open_socket("127.0.0.1", 0)
+    if "send_buffer" in options:
+        # Accepted connections inherit it.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, options["send_buffer"])
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    log_to_stderr(level="error")
+    run_server(serving, listener, on_ready=lambda: print(f"ready: {url}", flush=True))
+
+
+def _with_real_engine(options: dict[str, Any]) -> "Serving":
+    from loractl.server import assemble
+    from loractl.server.engine.settings import EngineSettings
+
+    choices = assemble.Choices(
+        base=options["base"],
+        adapters={name: Path(folder) for name, folder in options["adapters"].items()},
+        quantization="none",
+        dtype="float32",
+        engine=EngineSettings(num_slots=options["num_slots"], max_rank=8, kv_bytes=8 << 20),
+    )
+    return assemble.load(assemble.check(choices))
+
+
+def _with_fake_engine(options: dict[str, Any]) -> "Serving":
     from fakes import FakeEngine
     from loractl.adapters.local_cache import AdapterCache
     from loractl.server.access import Access
@@ -93,12 +126,9 @@ def main(options: dict[str, Any]) -> None:
     from loractl.server.hub_reader import HubReader
     from loractl.server.metrics import ServerMetrics
     from loractl.server.prompts import Prompts
-    from loractl.server.run import log_to_stderr, open_socket, run_server
     from loractl.server.serving import Serving, ServingSettings
     from tiny_tokenizer import tiny_tokenizer
 
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     tokenizer = tiny_tokenizer()
 
     def make_engine() -> FakeEngine:
@@ -115,7 +145,7 @@ def main(options: dict[str, Any]) -> None:
         hub = HubReader(options["hub"], token=options.get("token"), cache=AdapterCache(Path(options["cache"])))
     metrics = ServerMetrics()
     keys = options.get("keys")
-    serving = Serving(
+    return Serving(
         settings=ServingSettings(base_name="tiny", base_fingerprint=fingerprint, **options.get("settings", {})),
         bridge=Bridge(make_engine, on_step=metrics.saw_step),
         source=AdapterSource(local={}, hub=hub, base_fingerprint=fingerprint),
@@ -123,13 +153,6 @@ def main(options: dict[str, Any]) -> None:
         metrics=metrics,
         access=Access.from_file(Path(keys)) if keys else None,
     )
-    listener = open_socket("127.0.0.1", 0)
-    if "send_buffer" in options:
-        # Accepted connections inherit it.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, options["send_buffer"])
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    log_to_stderr(level="error")
-    run_server(serving, listener, on_ready=lambda: print(f"ready: {url}", flush=True))
 
 
 if __name__ == "__main__":
