@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from loractl.adapters.errors import LoractlError, NotFound, Unreachable
+from loractl.adapters.errors import LoractlError, NotFound
 from loractl.cli.load import Load, run_load, summarize
 from loractl.cli.output import print_note
+from loractl.cli.server_access import get_json, server_option
 
 
 def _exponent(context: click.Context, option: click.Parameter, value: str) -> float | None:
@@ -28,7 +29,7 @@ def _exponent(context: click.Context, option: click.Parameter, value: str) -> fl
 
 
 @click.command(short_help="Measure an OpenAI-compatible server.")
-@click.option("--server", "url", envvar="LORACTL_SERVER", default="http://127.0.0.1:8800", show_default=True)
+@server_option
 @click.option("--key", envvar="LORACTL_API_KEY", help="An API key of the server.")
 @click.option("--model", "models", multiple=True, help="Repeatable; all of /v1/models if not given.")
 @click.option("--popularity", "zipf", callback=_exponent, default="uniform", help="uniform or zipf:1.0.")
@@ -71,16 +72,7 @@ def serve(*, url: str, key: str | None, models: tuple[str, ...], heed_eos: bool,
 
 def _models(url: str, key: str | None) -> list[str]:
     """The adapters that this key may use, or the base where there is none."""
-    import httpx
-
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    try:
-        response = httpx.get(f"{url.rstrip('/')}/v1/models", headers=headers, timeout=10.0)
-    except httpx.HTTPError as error:
-        raise Unreachable(f"no server answers at {url}", hint="start one with `loractl serve BASE`") from error
-    if not response.is_success:
-        raise LoractlError(f"{url}: HTTP {response.status_code} from /v1/models", hint="give --model, or --key")
-    found = response.json()["data"]
+    found = get_json(url, "/v1/models", key)["data"]
     models = [each["id"] for each in found if each.get("parent")] or [each["id"] for each in found]
     if not models:
         raise NotFound(f"{url} lists no model", hint="give --model")

@@ -6,14 +6,15 @@ from typing import Any
 
 import click
 
-from loractl.adapters.errors import LoractlError, Unreachable
-from loractl.cli.output import print_json, print_table
+from loractl.adapters.errors import Unreachable
+from loractl.cli.output import print_json, print_note, print_table
+from loractl.cli.server_access import get_json, server_option
 
 COLUMNS = ("name", "level", "rank", "pinned", "running", "digest")
 
 
 @click.command(short_help="Show a server's adapters, queues and speed.")
-@click.option("--server", "url", envvar="LORACTL_SERVER", default="http://127.0.0.1:8800", show_default=True)
+@server_option
 @click.option("--key", envvar="LORACTL_API_KEY", help="An API key with the admin right.")
 @click.option("--watch", is_flag=True, help="Go on until interrupted: a live table, or one line each time in a pipe.")
 @click.option("--interval", "interval_s", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds.")
@@ -55,7 +56,8 @@ class _Looks:
         self._before: tuple[float, dict[str, Any]] | None = None
 
     def next(self) -> dict[str, Any]:
-        found, now = _ask(self._url, self._key), time.monotonic()
+        found: dict[str, Any] = get_json(self._url, "/admin/status", self._key)
+        now = time.monotonic()
         speed: dict[str, float | None] = dict.fromkeys(("generated", "prompt", "steps"))
         if self._before is not None:
             then, before = self._before
@@ -111,19 +113,36 @@ def _is_terminal() -> bool:
 def _lines(look: _Looks, interval_s: float, *, as_json: bool) -> None:
     import json
 
+    now: dict[str, Any] | None = look.next()
     while True:
-        now = look.next()
-        click.echo(json.dumps(now) if as_json else f"{headline(now)}; {queues(now)}")
+        if now is not None:
+            click.echo(json.dumps(now) if as_json else f"{headline(now)}; {queues(now)}")
         time.sleep(interval_s)
+        now = _again(look)
 
 
 def _live(look: _Looks, interval_s: float) -> None:
     from rich.live import Live
+    from rich.text import Text
 
     with Live(_table(look.next()), auto_refresh=False, screen=True) as live:
         while True:
             time.sleep(interval_s)
-            live.update(_table(look.next()), refresh=True)
+            try:
+                shown = _table(look.next())
+            except Unreachable as error:
+                # Whoever watches wants to see it come back.
+                shown = Text(f"{error.message}; asking again", style="bold red")
+            live.update(shown, refresh=True)
+
+
+def _again(look: _Looks) -> dict[str, Any] | None:
+    """The next look; None, and a note, while a server that has been seen does not answer."""
+    try:
+        return look.next()
+    except Unreachable as error:
+        print_note(f"{error.message}; asking again")
+        return None
 
 
 def _table(status: dict[str, Any]) -> Any:
@@ -137,17 +156,3 @@ def _table(status: dict[str, Any]) -> Any:
     for row in rows(status):
         table.add_row(*(Text("-" if row.get(column) is None else str(row[column])) for column in COLUMNS))
     return Group(Text(headline(status), style="bold"), Text(queues(status)), Text(""), table)
-
-
-def _ask(url: str, key: str | None) -> dict[str, Any]:
-    import httpx
-
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    try:
-        response = httpx.get(f"{url.rstrip('/')}/admin/status", headers=headers, timeout=5.0)
-    except httpx.HTTPError as error:
-        raise Unreachable(f"no server answers at {url}", hint="start one with `loractl serve BASE`") from error
-    if not response.is_success:
-        raise LoractlError(f"{url}: {response.status_code} {response.text[:500]}", hint="is it a loractl server?")
-    answer: dict[str, Any] = response.json()
-    return answer

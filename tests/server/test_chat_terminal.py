@@ -4,12 +4,18 @@ import asyncio
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
+
+from drills import until
+from loractl.cli.word_wrap import WordWrap
 
 pytestmark = pytest.mark.e2e
 
@@ -41,7 +47,7 @@ class Terminal:
         return code
 
 
-def _talk(url: str, marks: dict[str, str]) -> int:
+def _talk(url: str, marks: dict[str, str], stopping: Callable[[], None]) -> int:
     terminal = Terminal(sys.executable, "-m", "loractl.cli", "chat", "--server", url, "--max-tokens", "60")
     try:
         terminal.wait_for("tiny at", "> ")
@@ -58,9 +64,14 @@ def _talk(url: str, marks: dict[str, str]) -> int:
         terminal.type("hello again")
         terminal.wait_for(marks["cats"], marks["dogs"], "first token")
         terminal.type("/adapter nobody")
-        terminal.wait_for("now nobody")
-        terminal.type("hello")
         terminal.wait_for("no model 'nobody' here")
+        terminal.type("/adapter tiny")
+        terminal.wait_for("now tiny")
+        stopping()
+        terminal.type("to be stopped")
+        terminal.wait_for("to be ")
+        os.kill(terminal.process.pid, signal.SIGINT)
+        terminal.wait_for("(stopped)", "> ")
         terminal.type("/quit")
         return terminal.close()
     finally:
@@ -71,7 +82,9 @@ def _talk(url: str, marks: dict[str, str]) -> int:
 
 async def test_chat_switches_and_compares_adapters_in_a_terminal(live: Any) -> None:
     marks = {name: f"<{found.digest[7:15]}>" for name, found in live.serving.source.local.items()}
-    assert await asyncio.to_thread(_talk, live.url, marks) == 0
+    slow = partial(setattr, live.engine, "step_s", 0.2)
+    assert await asyncio.to_thread(_talk, live.url, marks, slow) == 0
+    await until(lambda: not live.engine._rows)
 
 
 async def test_chat_answers_lines_from_a_pipe(live: Any) -> None:
@@ -81,3 +94,29 @@ async def test_chat_answers_lines_from_a_pipe(live: Any) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"<{live.serving.source.local['dogs'].digest[7:15]}>")
+
+
+async def test_chat_over_a_pipe_fails_when_its_model_does_not_exist(live: Any) -> None:
+    command = [sys.executable, "-m", "loractl.cli", "chat", "--server", f"{live.url}/v1", "--model", "nobody"]
+    done = await asyncio.to_thread(
+        subprocess.run, command, input="hello\n", capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (7, "")
+    assert "no model 'nobody' here" in done.stderr
+
+
+def test_words_stay_whole_at_the_terminals_edge() -> None:
+    written: list[str] = []
+    wrap = WordWrap(written.append, width=12)
+    for piece in ("The sea", ", the op", "en sea.\n  x = 1 incomprehensibilities 海海海海海海海"):
+        wrap.feed(piece)
+    wrap.end_word()
+    lines = "".join(written).split("\n")
+    assert [line.rstrip() for line in lines] == [
+        "The sea, the",
+        "open sea.",
+        "  x = 1",
+        "incomprehens",
+        "ibilities 海",
+        "海海海海海海",
+    ]

@@ -58,8 +58,20 @@ async def test_status_says_who_may_ask_when_the_key_is_not_an_admins(
     keys.write_text("sk-0123456789abcdef\n")
     live = await start_server(access=Access.from_file(keys))
     code = await _command("status", "--server", live.url, "--key", "sk-0123456789abcdef")
-    assert code != 0
-    assert "403" in capsys.readouterr().err
+    assert code == 8
+    assert "admin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tail", ["", "/", "/v1", "/v1/"])
+async def test_status_finds_the_server_by_any_way_to_write_its_address(live: Any, tail: str) -> None:
+    address = live.url.removeprefix("http://") + tail
+    assert await _command("status", "--server", address, "--interval", "0.1", "--json") == 0
+
+
+@pytest.mark.parametrize("address", ["ftp://x", "http://", "http://x:99999", "http://[x"])
+async def test_status_refuses_what_is_no_address(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await _command("status", "--server", address) == 2
+    assert "is no address" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arrival", [["--concurrency", "4"], ["--rate", "200"]], ids=["closed", "open"])
