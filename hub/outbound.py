@@ -17,6 +17,12 @@ import httpcore
 from loractl.adapters.errors import BadRequest, LoractlError, NotAllowed, Unreachable
 
 _MAX_URL_LENGTH = 2000
+# Beside these there is EAI_AGAIN: no name server answered.
+_NO_SUCH_NAME = {socket.EAI_NONAME, socket.EAI_NODATA}
+
+
+class _NoSuchName(Unreachable):
+    """The name has no address, as its name servers say."""
 
 
 def check_url(url: str) -> None:
@@ -43,10 +49,16 @@ def is_public(address: str) -> bool:
 
 
 async def check_receiver(url: str, *, allow_private: bool) -> None:
-    """Raise NotAllowed for a receiver on this machine or in its network, Unreachable for a name without address."""
+    """Raise NotAllowed for a receiver on this machine or in its network, BadRequest for a name that does not exist.
+
+    Raises Unreachable where nobody could be asked for the name: it may be a good one.
+    """
     check_url(url)
     parts = urlsplit(url)
-    await _judged(parts.hostname or "", parts.port or 443, allow_private=allow_private)
+    try:
+        await _judged(parts.hostname or "", parts.port or 443, allow_private=allow_private)
+    except _NoSuchName as error:
+        raise BadRequest(error.message, hint="https://host/path", field="url") from error
 
 
 async def post(url: str, *, body: bytes, headers: dict[str, str], timeout_s: float, allow_private: bool) -> int:
@@ -65,8 +77,11 @@ async def post(url: str, *, body: bytes, headers: dict[str, str], timeout_s: flo
 async def _judged(host: str, port: int, *, allow_private: bool) -> list[str]:
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise Unreachable(f"{host[:200]} has no address") from error
+    except UnicodeError as error:
+        raise _NoSuchName(f"{host[:200]} is no name of a host") from error
+    except OSError as error:
+        kind = _NoSuchName if error.errno in _NO_SUCH_NAME else Unreachable
+        raise kind(f"{host[:200]} has no address") from error
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     if not allow_private and not all(is_public(address) for address in addresses):
         raise NotAllowed(

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -170,6 +171,26 @@ def test_address_of_the_hubs_own_network_is_refused(hub: LiveHub, url: str) -> N
 def test_what_is_no_address_is_a_bad_request(hub: LiveHub, url: str) -> None:
     with hub.http() as http:
         assert http.post(_HOOKS, json={"url": url}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"), [(socket.EAI_NONAME, 400), (socket.EAI_NODATA, 400), (socket.EAI_AGAIN, 503)]
+)
+def test_name_that_does_not_exist_is_told_from_name_servers_that_do_not_answer(
+    hub: LiveHub, monkeypatch: pytest.MonkeyPatch, reason: int, status: int
+) -> None:
+    ask = socket.getaddrinfo
+
+    def asked(host: Any, *args: Any, **options: Any) -> Any:
+        if host == "nowhere.example":
+            raise socket.gaierror(reason, "as asked for")
+        return ask(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+    with hub.http() as http:
+        answer = http.post(_HOOKS, json={"url": "https://nowhere.example/hook"})
+    assert answer.status_code == status, answer.text
+    assert "nowhere.example" in answer.text
 
 
 @pytest.mark.parametrize(
