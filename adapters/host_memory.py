@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from loractl.adapters.byte_sizes import memory_size
 from loractl.adapters.control_groups import control_groups
 
 
@@ -61,4 +62,4 @@ def _free_of(group: Path, files: _Files) -> FreeMemory | None:
     if limit == "max":
         return None
     used = usage - int(stat.get(files.reclaimable, 0))
-    return FreeMemory(max(0, int(limit) - used), f"the container's {files.limit} of {int(limit) / 2**30:.1f} GiB")
+    return FreeMemory(max(0, int(limit) - used), f"the container's {files.limit} of {memory_size(int(limit))}")

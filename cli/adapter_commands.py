@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loractl.adapters.byte_sizes import file_size
 from loractl.adapters.errors import AdapterInvalid, RepoNotFound, RevisionNotFound, UsageError
 from loractl.adapters.reference import DEFAULT_REVISION, AdapterRef, parse_reference
 from loractl.cli.context import adapter_cache, hub_option, json_option, open_hub
@@ -141,7 +142,7 @@ def list_adapters(*, limit: int, hub_url: str | None, as_json: bool, **filters: 
             "version": adapter.version,
             "base": adapter.base_id,
             "rank": adapter.rank,
-            "size": _size(adapter.size_bytes),
+            "size": file_size(adapter.size_bytes),
             "channels": " ".join(f"{name}={target[:12]}" for name, target in sorted(adapter.channels.items())),
             "updated": adapter.updated_at[:16],
         }
@@ -177,7 +178,7 @@ def show(*, reference: str, hub_url: str | None, as_json: bool) -> None:
         "fingerprint": resolved.base_fingerprint,
         "rank": resolved.rank,
         "targets": ", ".join(manifest.get("targets") or []) or None,
-        "size": _size(resolved.size_bytes),
+        "size": file_size(resolved.size_bytes),
         "data": data.get("digest") and f"{data['digest'][:19]}, {data.get('num_rows')} rows",
         "metrics": ", ".join(f"{name} {value:.4g}" for name, value in (manifest.get("metrics") or {}).items()) or None,
         "parent": detail.parent or manifest.get("parent"),
@@ -289,11 +290,3 @@ def _as_dict(value: object) -> dict[str, Any]:
     document = msgspec.to_builtins(value)
     assert isinstance(document, dict)
     return document
-
-
-def _size(num_bytes: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000  # type: ignore[assignment]
-    return f"{num_bytes:.3g} GB"

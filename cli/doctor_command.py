@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from loractl.adapters.byte_sizes import file_size, memory_size
 from loractl.adapters.host_memory import free_memory
 from loractl.adapters.host_processors import keep_threads_to_processors
 from loractl.cli.output import print_json
@@ -109,14 +110,15 @@ def _service(variable: str, default: str) -> dict[str, Any]:
 
 def _print(facts: dict[str, Any]) -> None:
     device, memory = facts["device"], facts["memory"]
+    free = memory_size(memory["free_bytes"])
     yes = {True: "yes", False: "no"}
     lines = {
         "loractl": f"{facts['loractl']} on Python {facts['python']}",
         "libraries": ", ".join(f"{name} {version or 'missing'}" for name, version in facts["libraries"].items()),
         "device": device.get("name") or f"CPU, {device['cpu_capability']}, {device['num_threads']} threads",
         "formats": f"bfloat16 {yes[device['bfloat16']]}, int8 {yes[device['int8']]}",
-        "memory": f"{_gib(memory['free_bytes'])} free of {_gib(memory['total_bytes'])}, by {memory['limit']}",
-        "disk": f"{_gib(facts['disk_free_bytes'])} free in the home folder",
+        "memory": f"{free} free of {memory_size(memory['total_bytes'])}, by {memory['limit']}",
+        "disk": f"{file_size(facts['disk_free_bytes'])} free in the home folder",
         "hub": _service_line(facts["hub"], start="loractl hub serve"),
         "server": _service_line(facts["server"], start="loractl serve BASE"),
     }
@@ -132,7 +134,3 @@ def _service_line(service: dict[str, Any], *, start: str) -> str:
     if service["reachable"]:
         return f"answers at {service['url']}"
     return f"no answer at {service['url']} (start one with `{start}`)"
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from loractl.adapters.byte_sizes import file_size, memory_size
+
 _LABEL = 10
 
 
@@ -32,14 +34,14 @@ def plan_lines(plan: Any) -> list[str]:
         _line(
             "Adapter",
             f"r={plan.rank} alpha={plan.alpha:g} {','.join(plan.targets)} ({plan.num_modules} modules)  "
-            f"{plan.num_parameters:,} parameters, {size(plan.num_parameters * 4)} on disk",
+            f"{plan.num_parameters:,} parameters, {file_size(plan.num_parameters * 4)} on disk",
         ),
         _line(
             "", f"{data.num_learned_tokens:,} learned tokens: the rank is {rule} (rule: parameters >= learned tokens)"
         ),
-        _line("Memory", f"{_parts(memory, 'adapter+optimizer')} = {size(memory.total)}{_room(plan)}"),
+        _line("Memory", f"{_parts(memory, 'adapter+optimizer')} = {memory_size(memory.total)}{_room(plan)}"),
         *([_line("", "activations are computed again in the backward pass")] if plan.checkpoint_activations else []),
-        _line("", f"full fine-tuning: {_parts(full, 'weights+optimizer')} = {size(full.total)}"),
+        _line("", f"full fine-tuning: {_parts(full, 'weights+optimizer')} = {memory_size(full.total)}"),
         _line(
             "Steps",
             f"{plan.epochs:g} epochs = {plan.num_steps:,} steps of {plan.rows_per_step} rows, "
@@ -51,15 +53,6 @@ def plan_lines(plan: Any) -> list[str]:
 def server_line(findings: Sequence[Any]) -> str:
     """What a server says to the plan, in one line."""
     return _line("Server", " · ".join(f"{one.subject} {one.verdict}" for one in findings))
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people, in binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.3g} GiB"
 
 
 def _line(label: str, text: str) -> str:
@@ -74,11 +67,11 @@ def _parts(memory: Any, adapter: str) -> str:
         ("loss", memory.loss),
         ("runtime", memory.runtime),
     )
-    return " + ".join(f"{name} {size(value)}" for name, value in parts if value)
+    return " + ".join(f"{name} {memory_size(value)}" for name, value in parts if value)
 
 
 def _room(plan: Any) -> str:
-    return f" of {size(plan.available_bytes)} free   {'fits' if plan.fits else 'DOES NOT FIT'}"
+    return f" of {memory_size(plan.available_bytes)} free   {'fits' if plan.fits else 'DOES NOT FIT'}"
 
 
 def _time(seconds: float | None) -> str:

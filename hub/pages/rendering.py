@@ -10,6 +10,7 @@ import jinja2
 from litestar import Request, Response
 from markupsafe import Markup
 
+from loractl.adapters.byte_sizes import file_size
 from loractl.hub.actor import Actor
 from loractl.hub.hf.addresses import public_base
 
@@ -55,18 +56,6 @@ def address_of(request: AnyRequest) -> str:
     return request.scope["path"] + (f"?{query}" if query else "")
 
 
-def size_text(num_bytes: int) -> str:
-    """A size for people."""
-    size = float(num_bytes)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return (
-                f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}" if size < 1000 else f"{size:,.0f} GB"
-            )
-        size /= 1000
-    raise AssertionError
-
-
 def ago_text(moment: str) -> Markup:
     """A point in time, how long ago for the reader and in full for who asks."""
     at = datetime.fromisoformat(moment).astimezone(UTC)
@@ -107,7 +96,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "size": size_text,
+        "size": file_size,
         "ago": ago_text,
         "figure": figure_text,
         "quoted": lambda text: quote(str(text), safe=""),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loractl.adapters.byte_sizes import memory_size
 from loractl.adapters.errors import WillNotFit
 from loractl.adapters.host_memory import FreeMemory, free_memory
 from loractl.server.engine.base_model import BaseModel
@@ -60,9 +61,10 @@ def describe(size: EngineSize, settings: EngineSettings) -> str:
     """Say in one line what was chosen and from what."""
     slots, kv = size.num_slots * size.slot_bytes, size.num_blocks * size.block_bytes
     return (
-        f"room for {size.num_slots} adapters of rank {settings.max_rank} ({_size(slots)}) and "
-        f"{size.num_blocks * settings.block_size} tokens in {size.num_blocks} KV blocks ({_size(kv)}), "
-        f"host cache {_size(size.host_cache_bytes)}; {_size(size.free.size_bytes)} were free by {size.free.limit}"
+        f"room for {size.num_slots} adapters of rank {settings.max_rank} ({memory_size(slots)}) and "
+        f"{size.num_blocks * settings.block_size} tokens in {size.num_blocks} KV blocks ({memory_size(kv)}), "
+        f"host cache {memory_size(size.host_cache_bytes)}; "
+        f"{memory_size(size.free.size_bytes)} were free by {size.free.limit}"
     )
 
 
@@ -70,7 +72,7 @@ def _auto_slots(slot_bytes: int, budget: int, free: FreeMemory) -> int:
     num_slots = min(budget // slot_bytes, _MOST_AUTO_SLOTS)
     if num_slots < 1:
         raise WillNotFit(
-            f"a slot takes {_size(slot_bytes)}, and slots may take {_size(budget)} of {free.limit}",
+            f"a slot takes {memory_size(slot_bytes)}, and slots may take {memory_size(budget)} of {free.limit}",
             hint="serve with a smaller --max-rank, or say --slots",
         )
     return num_slots
@@ -87,7 +89,8 @@ def _num_blocks(base: BaseModel, settings: EngineSettings, size_bytes: int) -> i
     if num_blocks < 2:
         advice = "serve with fewer --slots, a smaller --max-rank, or more memory"
         raise WillNotFit(
-            f"{_size(max(0, size_bytes))} are there for the KV cache, a block of it takes {_size(block_bytes)}",
+            f"{memory_size(max(0, size_bytes))} are there for the KV cache, "
+            f"a block of it takes {memory_size(block_bytes)}",
             hint=advice if settings.kv_bytes is None else "a larger --kv-bytes",
         )
     return num_blocks
@@ -116,10 +119,3 @@ def _host_cache_bytes(settings: EngineSettings, host: FreeMemory) -> int:
 def _dtype(base: BaseModel) -> torch.dtype:
     found: torch.dtype = next(p.dtype for p in base.model.parameters() if p.dtype.is_floating_point)
     return found
-
-
-def _size(size_bytes: int) -> str:
-    for unit, width in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if abs(size_bytes) >= 1 << width:
-            return f"{size_bytes / (1 << width):.1f} {unit}"
-    return f"{size_bytes} bytes"

@@ -42,7 +42,7 @@ def test_container_of_v2_leaves_its_limit_less_use_with_cache_given_back(root: P
     _group(root / "sys/fs/cgroup", version=2, limit=str(2048 * MIB), usage_mib=900, cache_mib=400)
     free = free_memory(root)
     assert free.size_bytes == (2048 - 500) * MIB
-    assert free.limit == "the container's memory.max of 2.0 GiB"
+    assert free.limit == "the container's memory.max of 2 GiB"
 
 
 def test_container_of_v1_is_found_when_its_path_is_the_hosts(root: Path) -> None:

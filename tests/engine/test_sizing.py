@@ -67,7 +67,7 @@ def test_engine_in_a_small_container_says_at_its_start_what_it_took_and_why(
     stats = engine.stats()
     assert f"room for {stats.num_slots} adapters of rank 8" in caplog.text
     assert f"{stats.kv_blocks_total} KV blocks" in caplog.text
-    assert "2.0 MiB were free by the container's memory.max" in caplog.text
+    assert "2 MiB were free by the container's memory.max" in caplog.text
     assert 0 < stats.num_slots < 32
     engine.close()
 
