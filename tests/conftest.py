@@ -10,6 +10,9 @@ import pytest
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the processors, and OpenMP's threads spin while they wait: two teams slow each other tenfold.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
     # Without a card its kernels are interpreted; Triton asks once, when a library first imports it.
     os.environ.setdefault("TRITON_INTERPRET", "1")

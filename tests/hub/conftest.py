@@ -16,10 +16,10 @@ from tiny_models import make_adapter, make_tiny_base
 
 @pytest.fixture(autouse=True)
 def stock_clients_upload_as_they_would() -> Iterator[None]:
-    """Our own client settles for classic LFS, for its whole process; here others share that process."""
-    was = constants.HF_HUB_DISABLE_XET
+    """Our own client settles for classic LFS, for its whole process; here others share it, before and after."""
+    constants.HF_HUB_DISABLE_XET = False
     yield
-    constants.HF_HUB_DISABLE_XET = was
+    constants.HF_HUB_DISABLE_XET = False
 
 
 @pytest.fixture(scope="session")
