@@ -74,12 +74,19 @@ def _blame_one(
     return aside, _attempt(run, parts, aside, result) if aside else None
 
 
+def attempt(run: Callable[[], Output]) -> Output | Exception:
+    """Return what `run` gives, or the error that it raises."""
+    try:
+        return run()
+    except Exception as error:  # noqa: BLE001  whatever a model's code raises belongs to one of a step's parts
+        return error
+
+
 def _attempt(
     run: Callable[[Sequence[Part]], Output], parts: Sequence[Part], chosen: Sequence[int], result: Contained[Output]
 ) -> Exception | None:
-    try:
-        output = run([parts[place] for place in chosen])
-    except Exception as error:  # noqa: BLE001  whatever a model's code raises belongs to one of these parts
-        return error
+    output = attempt(lambda: run([parts[place] for place in chosen]))
+    if isinstance(output, Exception):
+        return output
     result.runs.append((chosen, output))
     return None

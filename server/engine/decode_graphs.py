@@ -72,16 +72,22 @@ class DecodeRow:
     blocks: Sequence[int]
     slot: int | None
     weight: float = 1.0
+    source: int = 0
+    """In a step that takes its tokens from the one before: the row there."""
 
 
 class StepBuffers:
-    """The numbers of a step for up to `num_rows` rows, on the host and on the device, at places that never change."""
+    """The numbers of a step for up to `num_rows` rows, on the host and on the device, at places that never change.
+
+    The host has two sets, for it writes a step's numbers while those of the one before may still be on their way.
+    """
 
     def __init__(self, *, num_rows: int, num_blocks: int, num_chunks: int, device: torch.device) -> None:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "ids": ((num_rows,), torch.int64),
             "positions": ((num_rows,), torch.int64),
             "places": ((num_rows,), torch.int64),
+            "sources": ((num_rows,), torch.int64),
             "lengths": ((num_rows,), torch.int32),
             "tables": ((num_rows, num_blocks), torch.int32),
             "slots": ((num_chunks,), torch.int32),
@@ -90,20 +96,25 @@ class StepBuffers:
         }
         sizes = {name: -(-math.prod(shape) * dtype.itemsize // 16) * 16 for name, (shape, dtype) in shapes.items()}
         total = sum(sizes.values())
-        self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._hosts = [torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(total, dtype=torch.uint8, device=device)
-        self.host: dict[str, Any] = {}
         self.device: dict[str, Tensor] = {}
+        views: list[dict[str, Any]] = [{}, {}]
         at = 0
         for name, (shape, dtype) in shapes.items():
             size = math.prod(shape) * dtype.itemsize
-            self.host[name] = self._host[at : at + size].view(dtype).view(shape).numpy()
+            for view, host in zip(views, self._hosts, strict=True):
+                view[name] = host[at : at + size].view(dtype).view(shape).numpy()
             self.device[name] = self._device[at : at + size].view(dtype).view(shape)
             at += sizes[name]
+        self.host, self._other = views
+        """Where the next step's numbers are written."""
 
     def send(self) -> None:
-        """Copy all to the device; the host may write again once the step has ended."""
-        self._device.copy_(self._host, non_blocking=True)
+        """Copy all to the device; the host may write what comes next, and after that once this step has ended."""
+        self._device.copy_(self._hosts[0], non_blocking=True)
+        self._hosts.reverse()
+        self.host, self._other = self._other, self.host
 
 
 class DecodeGraphs:
@@ -155,12 +166,16 @@ class DecodeGraphs:
         """Whether a recorded step has room for these."""
         return 0 < len(rows) <= self.sizes[-1] and all(len(row.blocks) <= self._num_blocks for row in rows)
 
-    def run(self, rows: Sequence[DecodeRow]) -> Tensor:
-        """Return logits [rows, vocabulary], which the next call overwrites."""
+    def run(self, rows: Sequence[DecodeRow], chosen: Tensor | None = None) -> Tensor:
+        """Return logits [rows, vocabulary], which the next call overwrites; with `chosen`, each row's token lies at
+        its source there."""
         size = next(size for size in self.sizes if size >= len(rows))
         with_lora = any(row.slot is not None for row in rows)
         self._fill(rows, size)
         self._buffers.send()
+        if chosen is not None:
+            at = self._buffers.device
+            torch.index_select(chosen, 0, at["sources"][: len(rows)], out=at["ids"][: len(rows)])
         logits = self._replay_of(size, with_lora=with_lora)()
         self.num_replays += 1
         return logits[: len(rows)]
@@ -224,6 +239,7 @@ class DecodeGraphs:
         for index, row in enumerate(rows):
             last = row.length - 1
             host["ids"][index], host["positions"][index], host["lengths"][index] = row.token, last, row.length
+            host["sources"][index] = row.source
             host["places"][index] = row.blocks[last // self._block_size] * self._block_size + last % self._block_size
             host["tables"][index, : len(row.blocks)] = row.blocks
             if row.slot is not None:

@@ -31,15 +31,16 @@ from loractl.server.engine.messages import (
     Submit,
     Token,
 )
-from loractl.server.engine.next_tokens import NextTokens, Rows
+from loractl.server.engine.next_tokens import NextTokens
 from loractl.server.engine.quarantine import Quarantine
+from loractl.server.engine.run_ahead import Landed, RunAhead
 from loractl.server.engine.runner import Part, Runner
 from loractl.server.engine.scheduler import Scheduler
 from loractl.server.engine.sequence import Sequence
 from loractl.server.engine.settings import EngineSettings
 from loractl.server.engine.sizing import EngineSize, choose_size, describe
 from loractl.server.engine.slots import AdapterSlots
-from loractl.server.engine.stats import EngineStats, StepResult
+from loractl.server.engine.stats import EngineStats, StepRecord, StepResult
 
 log = logging.getLogger("loractl.server.engine")
 
@@ -81,7 +82,17 @@ class Engine:
         self._blocks = BlockPool(self.size.num_blocks)
         self._scheduler = Scheduler(settings, blocks=self._blocks, slots=self._slots)
         self._grammars = Grammars(base.tokenizer, vocab_size=base.vocab_size, eos_token_ids=base.eos_token_ids)
-        self._next_tokens = NextTokens(base, max_model_len=self.max_model_len, on_card=self._runner.on_card)
+        run_ahead = self._runner.on_card if settings.run_ahead is None else settings.run_ahead
+        self._next_tokens = NextTokens(
+            base, max_model_len=self.max_model_len, on_device=self._runner.on_card or run_ahead
+        )
+        self._ahead = RunAhead(
+            scheduler=self._scheduler,
+            runner=self._runner,
+            slots=self._slots,
+            next_tokens=self._next_tokens,
+            is_on=run_ahead,
+        )
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._commands = Commands()
@@ -131,23 +142,32 @@ class Engine:
     def wait_for_work(self, timeout_s: float) -> bool:
         """Wait until `step` has something to do; False after `timeout_s` seconds without."""
         with self._work:
-            return self._work.wait_for(lambda: bool(self._num_queued) or self._commands.has_any, timeout_s)
+            return self._work.wait_for(
+                lambda: bool(self._num_queued) or self._commands.has_any or self._ahead.is_flying, timeout_s
+            )
 
     def step(self) -> StepResult:
-        """Run one forward pass over what is due, and return what came of it. Never waits for a load."""
+        """Run one forward pass over what is due, and return what came of it. Never waits for a load.
+
+        Where passes run ahead, what came of one may be returned by the next call, which first launches another.
+        """
         start = self._step_started_at = time.monotonic()
         events = self._take_commands()
         for sequence, error in self._scheduler.admit(start):
             self._forget(sequence)
             events.append(Failed(id=sequence.id, error=error))
-        chosen = self._scheduler.plan()
-        if not chosen:
-            self._finish_step()
-            if self._scheduler.waiting and not events:
-                time.sleep(0.001)  # only loads are awaited; their threads need the processor
-            return StepResult(events=events, record=None, loads=self._slots.times.take())
-        events += self._run(chosen)
-        record = self._totals.book(chosen, seconds=time.monotonic() - start)
+        record: StepRecord | None = None
+        if self._ahead.is_flying:
+            landed, seconds = self._ahead.next()
+            events += self._land(landed)
+            if landed:  # else it was computed in vain: all its requests had ended
+                record = self._totals.book([(each.sequence, each.num_tokens) for each in landed], seconds=seconds)
+        elif chosen := self._scheduler.plan():
+            events += self._run(chosen)
+            if not self._ahead.is_flying:
+                record = self._totals.book(chosen, seconds=time.monotonic() - start)
+        elif self._scheduler.waiting and not events:
+            time.sleep(0.001)  # only loads are awaited; their threads need the processor
         self._finish_step()
         return StepResult(events=events, record=record, loads=self._slots.times.take())
 
@@ -205,6 +225,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the loaders and let go of slots and KV; the base stays, requests that are left are forgotten."""
+        self._ahead.drop()
         self._slots.close()
         self._runner.close()
 
@@ -252,18 +273,22 @@ class Engine:
             for place, error in contained.broken.items()
         ]
         for places, (logits, hidden) in contained.runs:
-            events += self._take_logits([(*chosen[place], parts[place].num_logits) for place in places], logits, hidden)
+            rows = [(*chosen[place], parts[place].num_logits) for place in places]
+            picks = self._next_tokens.pick(rows, logits)
+            if picks is not None and len(places) == len(chosen) and self._ahead.may_fly(chosen):
+                self._ahead.take_off(chosen, picks)
+                continue
+            taken = self._next_tokens.take(rows, logits, hidden, picks)
+            events += self._land([Landed(row[0], row[1], news) for row, news in zip(rows, taken, strict=True)])
         return events
 
-    def _take_logits(self, rows: Rows, logits: Tensor, hidden: Tensor | None) -> list[Event]:
-        """Choose the tokens that are due, and book what was computed."""
+    def _land(self, landed: Items[Landed]) -> list[Event]:
+        """Book what was computed, and settle what came of it."""
         events: list[Event] = []
-        num_outputs = sum(sequence.num_outputs for sequence, _, _ in rows)
-        for (sequence, num_tokens, _), news in zip(rows, self._next_tokens.take(rows, logits, hidden), strict=True):
-            self._scheduler.computed(sequence, num_tokens)
-            self._totals.num_nonfinite += sum(_is_broken(event) for event in news)
-            events += [self._settle(sequence, event) for event in news]
-        self._totals.num_generated_tokens += sum(sequence.num_outputs for sequence, _, _ in rows) - num_outputs
+        for each in landed:
+            self._scheduler.computed(each.sequence, each.num_tokens)
+            self._totals.num_nonfinite += sum(_is_broken(event) for event in each.news)
+            events += [self._settle(each.sequence, event) for event in each.news]
         return events
 
     def _prove_sound(self) -> None:
@@ -296,6 +321,7 @@ class Engine:
 
     def _finish_step(self) -> None:
         self._step_started_at = None
+        self._totals.num_generated_tokens = self._next_tokens.num_chosen
         self._stats = self._snapshot()
 
     def _snapshot(self) -> EngineStats:

@@ -4,6 +4,7 @@ What it returns of a sequence may end with `Finished` or `Failed`: taking the se
 """
 
 import time
+from collections.abc import Sequence as Items
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from loractl.server.engine.base_model import BaseModel
 from loractl.server.engine.constraint import TokenGate
 from loractl.server.engine.kernels.scan import scan_rows
 from loractl.server.engine.messages import Event, Failed, FinishReason, RequestId, Submit, Token
-from loractl.server.engine.row_choice import Draw, choose_rows
+from loractl.server.engine.row_choice import Draw, Picks, pick_rows
 from loractl.server.engine.sampler import Choice, RowSampler, prompt_logprobs
 from loractl.server.engine.sequence import Sequence
 from loractl.server.engine.text import TextStream
@@ -24,11 +25,14 @@ Rows = list[tuple[Sequence, int, int]]
 class NextTokens:
     """Chooses tokens for all running sequences; holds the sampler of each request that is open."""
 
-    def __init__(self, base: BaseModel, *, max_model_len: int, on_card: bool) -> None:
+    def __init__(self, base: BaseModel, *, max_model_len: int, on_device: bool) -> None:
         self._base = base
         self._max_model_len = max_model_len
-        self._on_card = on_card
+        self._on_device = on_device
+        """Whether tokens are chosen where the logits are; else row by row here, which a CPU does faster."""
         self._samplers: dict[RequestId, RowSampler] = {}
+        self.num_chosen = 0
+        """Tokens that were chosen, ends included."""
 
     def begin(self, submit: Submit, gate: TokenGate | None) -> Sequence:
         """Start a request's sequence: its text, its sampler."""
@@ -47,15 +51,49 @@ class NextTokens:
         """Drop the sampler of a sequence that has ended."""
         del self._samplers[sequence.id]
 
-    def take(self, rows: Rows, logits: Tensor, hidden: Tensor | None) -> list[list[Event]]:
+    def is_left_to_device(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether a step over `num_tokens` more chooses this sequence's next token, and the device does so alone."""
+        is_plain = self._samplers[sequence.id].is_plain(sequence.num_outputs)
+        return (
+            self._on_device
+            and num_tokens == sequence.num_pending
+            and is_plain
+            and not (sequence.submit.wants_embedding or sequence.wants_prompt_logprobs)
+        )
+
+    def is_last(self, sequence: Sequence) -> bool:
+        """Whether the next token is the last that its length allows, whichever it is."""
+        is_full = len(sequence.tokens) + 1 >= self._max_model_len
+        return is_full or sequence.num_outputs + 1 >= sequence.submit.sampling.max_tokens
+
+    def pick(self, rows: Rows, logits: Tensor) -> Picks | None:
+        """Begin to choose the tokens that are due from logits [rows that want them, vocabulary] on the device; None
+        where `take` does so."""
+        if not self._on_device or not logits.numel():
+            return None
+        draws: list[Draw | None] = []
+        for sequence, num_tokens, num_logits in rows:
+            draws += [None] * num_logits
+            if num_tokens == sequence.num_pending:
+                draws[-1] = self._samplers[sequence.id].draw(sequence.num_outputs)
+        return pick_rows(logits, draws)
+
+    def pick_ahead(self, sequences: Items[Sequence], logits: Tensor) -> Picks:
+        """As `pick`, of the tokens after those that are still to be read; logits [sequences, vocabulary]."""
+        return pick_rows(logits, [self._samplers[each.id].draw(each.num_outputs + 1) for each in sequences])
+
+    def land(self, sequence: Sequence, token_id: int, *, is_finite: bool) -> list[Event]:
+        """Advance a sequence by the token that the device chose alone."""
+        return self._append(sequence, Choice(token_id)) if is_finite else [_not_finite(sequence)]
+
+    def take(self, rows: Rows, logits: Tensor, hidden: Tensor | None, picks: Picks | None) -> list[list[Event]]:
         """Advance what was computed of each sequence by one token where that is due; the counts of computed tokens in
         the sequences are still those before the run.
 
         logits [rows that want them, vocabulary] lie in the order of `rows`; hidden, if any, beside them.
         """
         taken: list[list[Event]] = []
-        draws = self._draws(rows)
-        likeliest, finite = scan_rows(logits) if draws is None else choose_rows(logits, draws)
+        likeliest, finite = scan_rows(logits) if picks is None else picks.read()
         row = 0
         for sequence, num_tokens, num_logits in rows:
             mine = logits[row : row + num_logits]
@@ -74,27 +112,22 @@ class NextTokens:
             elif is_due and not finite[row - 1]:
                 events = [_not_finite(sequence)]
             elif is_due:
-                is_drawn = draws is not None and draws[row - 1] is not None
-                events = self._advance(sequence, mine[-1], likeliest=likeliest[row - 1], is_drawn=is_drawn)
+                events = self._advance(sequence, mine[-1], likeliest[row - 1], is_picked=picks is not None)
             taken.append(events)
         return taken
 
-    def _draws(self, rows: Rows) -> list[Draw | None] | None:
-        """What a card needs to draw each row's token itself; None on a CPU, where rows are chosen one by one."""
-        if not self._on_card:
-            return None
-        draws: list[Draw | None] = []
-        for sequence, num_tokens, num_logits in rows:
-            draws += [None] * num_logits
-            if num_tokens == sequence.num_pending:
-                draws[-1] = self._samplers[sequence.id].draw(sequence.num_outputs)
-        return draws
+    def _advance(self, sequence: Sequence, logits: Tensor, likeliest: int, *, is_picked: bool) -> list[Event]:
+        """Choose a sequence's next token, unless `likeliest` is what the device picked for it, and append it."""
+        sampler = self._samplers[sequence.id]
+        is_drawn = is_picked and sampler.is_plain(sequence.num_outputs)
+        outputs = sequence.tokens[sequence.num_prompt :]
+        choice = sampler.choose(logits, outputs, likeliest=likeliest, is_drawn=is_drawn)
+        return self._append(sequence, choice)
 
-    def _advance(self, sequence: Sequence, logits: Tensor, *, likeliest: int, is_drawn: bool) -> list[Event]:
-        """Choose a sequence's next token, show its text, and end it where it must end."""
+    def _append(self, sequence: Sequence, choice: Choice) -> list[Event]:
+        """Add a sequence's next token, show its text, and end it where it must end."""
         sampling = sequence.submit.sampling
         sampler = self._samplers[sequence.id]
-        choice = sampler.choose(logits, sequence.tokens[sequence.num_prompt :], likeliest=likeliest, is_drawn=is_drawn)
         if sampler.gate is not None and (failure_text := sampler.gate.failure) is not None:
             refusal = WillNotFit(f"the output's constraint became too complex: {failure_text}", field="response_format")
             return [Failed(id=sequence.id, error=refusal)]
@@ -102,6 +135,7 @@ class NextTokens:
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         sequence.tokens.append(choice.token_id)
+        self.num_chosen += 1
         if self._ends_at(choice.token_id, sequence):
             stop_id = choice.token_id if choice.token_id in sampling.stop_token_ids else None
             return [sequence.finished("stop", stop_reason=stop_id)]

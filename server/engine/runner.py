@@ -38,6 +38,8 @@ class Part:
     slots: tuple[tuple[int, float], ...]
     num_logits: int
     """How many of its last rows want logits."""
+    source: int | None = None
+    """The row of the step before that chose its one token, which only the device knows yet."""
 
 
 @dataclass(slots=True)
@@ -113,13 +115,16 @@ class Runner:
             self._graphs = None
 
     @torch.inference_mode()
-    def run(self, parts: Sequence[Part]) -> Tensor:
-        """Compute all parts and return logits in the model's dtype [rows that want them, vocabulary], in order."""
+    def run(self, parts: Sequence[Part], chosen: Tensor | None = None) -> Tensor:
+        """Compute all parts and return logits in the model's dtype [rows that want them, vocabulary], in order.
+
+        With `chosen` [rows], the tokens of the step before on the device, each part has a source among them.
+        """
         rows = self._decode_rows(parts) if self._graphs is not None else None
         if rows is not None and self._graphs is not None and self._graphs.takes(rows):
             self._head_lora.batch = None
-            return self._graphs.run(rows)
-        return self._run_once(parts)
+            return self._graphs.run(rows, chosen)
+        return self._run_once(parts, chosen)
 
     def _decode(self, ids: Tensor, positions: Tensor) -> Tensor:
         """One forward pass over rows that all want logits; the plans are set."""
@@ -139,10 +144,10 @@ class Runner:
         rows = []
         for part in parts:
             slot, weight = part.slots[0] if part.slots else (None, 1.0)
-            rows.append(DecodeRow(part.tokens[0], part.length, part.blocks, slot, weight))
+            rows.append(DecodeRow(part.tokens[0], part.length, part.blocks, slot, weight, part.source or 0))
         return rows
 
-    def _run_once(self, parts: Sequence[Part]) -> Tensor:
+    def _run_once(self, parts: Sequence[Part], chosen: Tensor | None = None) -> Tensor:
         self._lora.quantized = None
         ids = [token for part in parts for token in part.tokens]
         batch = self._lora.paged = PagedBatch.build(
@@ -166,8 +171,9 @@ class Runner:
         self._head_lora.batch = LoraBatch.build(
             _spans([(part.num_logits, part.slots) for part in parts]), num_rows=len(rows), device=self.device
         )
+        given = torch.tensor([ids if chosen is None else [part.source for part in parts]], device=self.device)
         inputs = {
-            "input_ids": torch.tensor([ids], device=self.device),
+            "input_ids": given if chosen is None else chosen[given],
             "position_ids": batch.positions.unsqueeze(0),
             "use_cache": False,
         }

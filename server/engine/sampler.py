@@ -42,6 +42,7 @@ class RowSampler:
             and sampling.repetition_penalty == 1.0
             and not (sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias)
         )
+        self._drawn = -1, 0.0
         self._generator: torch.Generator | None = None
         if sampling.temperature > 0:
             self._generator = torch.Generator()
@@ -50,13 +51,19 @@ class RowSampler:
             else:
                 self._generator.manual_seed(sampling.seed)
 
+    def is_plain(self, num_outputs: int) -> bool:
+        """Whether a device may choose the token after `num_outputs` by itself, and nothing but it is asked for."""
+        return self._is_plain and num_outputs >= self._sampling.min_tokens
+
     def draw(self, num_outputs: int) -> Draw | None:
-        """How a device may draw the next token by itself; None where it is the likeliest, or chosen here."""
+        """How a device draws the token after `num_outputs` by itself; None where it is the likeliest, or chosen
+        here."""
         sampling = self._sampling
-        if self._generator is None or not self._is_plain or num_outputs < sampling.min_tokens:
+        if self._generator is None or not self.is_plain(num_outputs):
             return None
-        uniform = float(torch.rand((), dtype=torch.float64, generator=self._generator))
-        return Draw(uniform, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+        if self._drawn[0] != num_outputs:  # a step that is computed again must not change what comes of it
+            self._drawn = num_outputs, float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        return Draw(self._drawn[1], sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
 
     def choose(
         self, logits: Tensor, outputs: Tokens[int], *, likeliest: int | None = None, is_drawn: bool = False
@@ -64,7 +71,7 @@ class RowSampler:
         """Pick from `logits` [vocabulary] after `outputs` were generated; `likeliest` is their largest's place, if
         known, or with `is_drawn` the token that the device drew."""
         sampling = self._sampling
-        is_greedy = self._generator is None and self._is_plain and len(outputs) >= sampling.min_tokens
+        is_greedy = self._generator is None and self.is_plain(len(outputs))
         if likeliest is not None and (is_drawn or is_greedy):
             return Choice(likeliest)
         # A copy: tensors made in inference mode refuse to be changed outside it.

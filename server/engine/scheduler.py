@@ -90,6 +90,16 @@ class Scheduler:
                 budget -= num_tokens
         return chosen
 
+    def make_room_ahead(self, sequences: Iterable[Sequence]) -> bool:
+        """Hold the blocks for one token more than each sequence is known to have, if enough are free; sends nobody
+        back to the queue."""
+        needed = {each: self._num_blocks(len(each.tokens) + 1) - len(each.blocks) for each in sequences}
+        if sum(needed.values()) > self._blocks.num_free:
+            return False
+        for sequence, num_blocks in needed.items():
+            sequence.blocks += self._blocks.take(num_blocks)
+        return True
+
     def computed(self, sequence: Sequence, num_tokens: int) -> None:
         """Book that `num_tokens` more of a sequence have K and V, and let others find its full blocks."""
         sequence.num_computed += num_tokens

@@ -30,6 +30,9 @@ class EngineSettings:
     max_model_len: int | None = None
     """Longest sequence, prompt and output together; None: what the base was trained for."""
     prefix_cache: bool = True
+    run_ahead: bool | None = None
+    """Launch a step before the tokens of the one before are read; None: on a card, for elsewhere both use one
+    processor."""
     max_queue: int = 1024
     """Requests that may wait; the next one is refused at once."""
     host_cache_bytes: int | None = None

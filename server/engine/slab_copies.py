@@ -21,12 +21,14 @@ class Lane(Protocol):
 
 
 class CudaLane:
-    """A stream of its own, so that no step waits for a copy."""
+    """A stream of its own, so that no step waits for a copy; a copy waits for the steps that were launched before it,
+    which may read what it writes over."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def begin(self, copy: Callable[[], None]) -> Callable[[], bool]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             copy()
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

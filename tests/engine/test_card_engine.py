@@ -64,13 +64,14 @@ def test_rows_of_a_mixed_batch_equal_peft_alone_and_decode_as_recorded_steps(
     base: Path, uses: dict[str, AdapterUse], drive: Drive
 ) -> None:
     names = ["base", "small", "wide", "base"]
-    before = drive.engine._runner.num_replays
+    before, before_ahead = drive.engine._runner.num_replays, drive.engine._ahead.num_ahead
     drive.submit(
         _submit(f"mixed-{index}", prompt, *([uses[name]] if name in uses else []))
         for index, (name, prompt) in enumerate(zip(names, PROMPTS, strict=True))
     )
     drive.until_ended(timeout_s=600)
     assert drive.engine._runner.num_replays >= before + NUM_OUTPUT_TOKENS - 1
+    assert drive.engine._ahead.num_ahead >= before_ahead + NUM_OUTPUT_TOKENS - 1
     for index, (name, prompt) in enumerate(zip(names, PROMPTS, strict=True)):
         expected, _, _ = alone(base, uses[name].folder if name in uses else None, prompt, NUM_OUTPUT_TOKENS)
         assert drive.outcomes[RequestId(f"mixed-{index}")].ids == expected, name
@@ -85,14 +86,14 @@ def test_what_no_graph_holds_runs_unrecorded(base: Path, uses: dict[str, Adapter
     assert drive.outcomes[RequestId("dora")].ids == expected
 
 
-def test_int8_rows_do_not_change_with_their_neighbours(base: Path, uses: dict[str, AdapterUse]) -> None:
+def test_int8_rows_do_not_change_with_their_neighbours(tmp_path: Path) -> None:
+    base = make_tiny_base(tmp_path / "base", num_hidden_layers=1)
+    folder = make_adapter(base, tmp_path / "wide", r=8, target_modules="all-linear", seed=2, std=0.1)
+    use = AdapterUse(digest=folder_digest(folder), folder=folder)
     drive = Drive(Engine(load_base(base, quantization="int8", dtype="bfloat16"), SETTINGS))
-    drive.submit([_submit("alone", PROMPTS[3], uses["wide"])])
+    drive.submit([_submit("alone", PROMPTS[3], use)])
     drive.until_ended(timeout_s=600)
-    drive.submit([
-        _submit("beside", PROMPTS[3], uses["wide"]),
-        _submit("other", PROMPTS[0], uses["small"]),
-    ])  # fmt: skip
+    drive.submit([_submit("beside", PROMPTS[3], use), _submit("other", PROMPTS[0])])
     drive.until_ended(timeout_s=600)
     assert drive.outcomes[RequestId("beside")].ids == drive.outcomes[RequestId("alone")].ids
     drive.engine.close()
@@ -100,17 +101,17 @@ def test_int8_rows_do_not_change_with_their_neighbours(base: Path, uses: dict[st
 
 def test_seeds_filters_and_log_probabilities_hold_on_the_device(base: Path, drive: Drive) -> None:
     warm: dict[str, Any] = {"temperature": 1.5, "seed": 11, "top_p": 0.9}
-    drive.submit([_submit("first", PROMPTS[0], **warm), _submit("top-1", PROMPTS[2], temperature=2.0, top_k=1)])
+    drive.submit([_submit("first", PROMPTS[0], **warm), _submit("top-1", PROMPTS[3], temperature=2.0, top_k=1)])
     drive.until_ended(timeout_s=600)
     drive.submit([
         _submit("again", PROMPTS[0], **warm),
-        _submit("greedy", PROMPTS[2], num_logprobs=2, logit_bias={4: 0.0}),
-        _submit("early", PROMPTS[1], temperature=1.0, seed=1, min_tokens=2),
+        _submit("greedy", PROMPTS[3], num_logprobs=2, logit_bias={4: 0.0}),
+        _submit("early", PROMPTS[1], temperature=1.0, seed=1, min_tokens=1, max_tokens=2),
     ])  # fmt: skip
     drive.until_ended(timeout_s=600)
     found = {name: drive.outcomes[RequestId(name)] for name in ("first", "again", "top-1", "greedy")}
     assert found["again"].ids == found["first"].ids
-    expected, logprobs, _ = alone(base, None, PROMPTS[2], NUM_OUTPUT_TOKENS)
+    expected, logprobs, _ = alone(base, None, PROMPTS[3], NUM_OUTPUT_TOKENS)
     assert found["top-1"].ids == found["greedy"].ids == expected
     told = [token.logprob for token in found["greedy"].tokens]
     torch.testing.assert_close(torch.tensor(told), torch.tensor(logprobs), rtol=1e-3, atol=1e-3)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from interpreted import RunsAgain
-from loractl.server.engine.decode_graphs import DecodeGraphs, DecodeRow, batch_sizes
+from loractl.server.engine.decode_graphs import DecodeGraphs, DecodeRow, StepBuffers, batch_sizes
 from loractl.server.engine.kernels.lora import GAIN_BIT, LoraSite, LoraStep
 from loractl.server.engine.messages import Sampling
-from loractl.server.engine.row_choice import Draw, choose_rows, draw_tokens
+from loractl.server.engine.row_choice import Draw, draw_tokens, pick_rows
 from loractl.server.engine.sampler import RowSampler
 from loractl.server.engine.slab_copies import SlabCopies
 
+LONG = os.environ.get("LORACTL_DRILLS") == "long"
 VOCABULARY = 50
 
 
@@ -52,12 +53,11 @@ def test_rows_are_chosen_alike_alone_and_together() -> None:
     logits = torch.randn(6, VOCABULARY).bfloat16()
     logits[4, 7] = torch.inf
     draws = [None, Draw(0.3, 1.0), Draw(0.999999999, 1.0), Draw(0.5, 0.7, top_p=0.5), None, Draw(0.0, 2.0, min_p=0.5)]
-    tokens, finite = choose_rows(logits, draws)
+    tokens, finite = pick_rows(logits, draws).read()
     assert finite == [True, True, True, True, False, True]
     for row, draw in enumerate(draws):
-        assert choose_rows(logits[row : row + 1], [draw])[0] == [tokens[row]]
+        assert pick_rows(logits[row : row + 1], [draw]).read()[0] == [tokens[row]]
     assert tokens[0] == int(logits[0].argmax())
-    assert choose_rows(torch.empty(0, 0), []) == ([], [])
 
 
 class _HeldLane:
@@ -130,8 +130,26 @@ def test_recorded_steps_find_each_row_in_the_buffers_and_fill_up_with_nothing() 
     assert adapters == ([1, -1], [[0, 2, -1], [-1, -1, -1]])
     assert graphs.run([DecodeRow(5, 2, [1], None)]).tolist() == [[5.0]]
     assert seen[-1] == ([[5]], [[1]], [2], [9], None)
+    chosen = torch.tensor([21, 22, 23])
+    assert graphs.run([DecodeRow(0, 3, [1], None, source=2), DecodeRow(0, 2, [4], 1)], chosen).tolist() == [
+        [23.0],
+        [21.0],
+    ]
+    assert seen[-1][0] == [[23, 21]]
     assert not graphs.takes([DecodeRow(5, 40, [1] * 5, None)])
     assert not graphs.takes(rows * 3)
+
+
+def test_the_host_writes_a_steps_numbers_while_those_of_the_one_before_leave() -> None:
+    buffers = StepBuffers(num_rows=2, num_blocks=1, num_chunks=1, device=torch.device("cpu"))
+    first = buffers.host["ids"]
+    first[:] = [1, 2]
+    buffers.send()
+    buffers.host["ids"][:] = [3, 4]
+    assert (first.tolist(), buffers.device["ids"].tolist()) == ([1, 2], [1, 2])
+    buffers.send()
+    assert (first.tolist(), buffers.device["ids"].tolist()) == ([1, 2], [3, 4])
+    assert buffers.host["ids"] is first
 
 
 def test_bases_that_cannot_be_recorded_are_told_apart(caplog: pytest.LogCaptureFixture) -> None:
@@ -165,11 +183,17 @@ def test_batch_sizes_reach_the_most_and_waste_little() -> None:
         )
 
 
+@pytest.mark.drill
 def test_every_kernel_compiles_for_cards() -> None:
     script = Path(__file__).parent.parent / "support" / "compile_kernels.py"
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script), "80", "90"], capture_output=True, text=True, env=clean, check=False, timeout=300
+        [sys.executable, str(script), "80", "90", *(["--in-turns"] if not LONG else [])],
+        capture_output=True,
+        text=True,
+        env=clean,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]

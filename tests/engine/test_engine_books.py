@@ -1,5 +1,6 @@
 """Whatever comes in whatever order, every block and slot is accounted for, and each request ends exactly once."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -8,7 +9,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from loractl.adapters.digest import folder_digest
 from loractl.adapters.errors import LoractlError
@@ -58,15 +66,21 @@ class Traffic(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = Engine(self.base, SETTINGS)
-        self.engine._runner.run = self._compute  # type: ignore[method-assign]
         self.ends: dict[RequestId, int] = {}
         self.pinned: set[Digest] = set()
 
-    def _compute(self, parts: Sequence[Part]) -> torch.Tensor:
+    @initialize(run_ahead=st.booleans())
+    def start(self, run_ahead: bool) -> None:
+        self.engine = Engine(self.base, dataclasses.replace(SETTINGS, run_ahead=run_ahead))
+        self.engine._runner.run = self._compute  # type: ignore[method-assign]
+
+    def _compute(self, parts: Sequence[Part], chosen: torch.Tensor | None = None) -> torch.Tensor:
         if any(POISON in part.tokens for part in parts):
             raise RuntimeError("poison")
-        rows = [part.tokens[-1] * 7 + part.length for part in parts for _ in range(part.num_logits)]
+        last = [part.tokens[-1] if chosen is None else int(chosen[part.source or 0]) for part in parts]
+        rows = [
+            token * 7 + part.length for token, part in zip(last, parts, strict=True) for _ in range(part.num_logits)
+        ]
         logits = torch.zeros(len(rows), self.base.vocab_size)
         logits[torch.arange(len(rows)), torch.tensor(rows, dtype=torch.long) % 300] = 1.0
         return logits

@@ -46,7 +46,8 @@ def drive(base: BaseModel) -> Iterator[Drive]:
     """An engine whose arithmetic is left out: what is tested is the order."""
     engine = Engine(base, SETTINGS)
 
-    def nothing(parts: Sequence[Part]) -> torch.Tensor:
+    def nothing(parts: Sequence[Part], chosen: torch.Tensor | None = None) -> torch.Tensor:
+        del chosen
         return torch.zeros(sum(part.num_logits for part in parts), base.vocab_size)
 
     engine._runner.run = nothing  # type: ignore[method-assign]

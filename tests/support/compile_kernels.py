@@ -1,7 +1,8 @@
 """Compiles every kernel of the card's path for real cards on a machine without one; prints one line a kernel.
 
-    python tests/support/compile_kernels.py [80 90]
+    python tests/support/compile_kernels.py [80 90] [--in-turns]
 
+With --in-turns each kernel is compiled for one of the cards alone, the next kernel for the next card.
 Run it without TRITON_INTERPRET: kernels are read when their modules are imported.
 """
 
@@ -77,8 +78,9 @@ def compile_one(kernel: Any, sizes: dict[str, Any], types: dict[str, str], arch:
 
 
 def main() -> None:
-    for arch in [int(value) for value in sys.argv[1:]] or [80, 90]:
-        for name, kernel, sizes, types in _CASES:
+    archs = [int(value) for value in sys.argv[1:] if value.isdecimal()] or [80, 90]
+    for place, (name, kernel, sizes, types) in enumerate(_CASES):
+        for arch in [archs[place % len(archs)]] if "--in-turns" in sys.argv else archs:
             print(json.dumps({"kernel": name, "arch": arch, **compile_one(kernel, sizes, types, arch)}), flush=True)
 
 
