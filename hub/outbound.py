@@ -21,10 +21,6 @@ _MAX_URL_LENGTH = 2000
 _NO_SUCH_NAME = {socket.EAI_NONAME, socket.EAI_NODATA}
 
 
-class _NoSuchName(Unreachable):
-    """The name has no address, as its name servers say."""
-
-
 def check_url(url: str) -> None:
     """Raise BadRequest unless this can be the address of a receiver."""
     try:
@@ -57,7 +53,9 @@ async def check_receiver(url: str, *, allow_private: bool) -> None:
     parts = urlsplit(url)
     try:
         await _judged(parts.hostname or "", parts.port or 443, allow_private=allow_private)
-    except _NoSuchName as error:
+    except Unreachable as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno not in _NO_SUCH_NAME:
+            raise
         raise BadRequest(error.message, hint="https://host/path", field="url") from error
 
 
@@ -77,11 +75,8 @@ async def post(url: str, *, body: bytes, headers: dict[str, str], timeout_s: flo
 async def _judged(host: str, port: int, *, allow_private: bool) -> list[str]:
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except UnicodeError as error:
-        raise _NoSuchName(f"{host[:200]} is no name of a host") from error
-    except OSError as error:
-        kind = _NoSuchName if error.errno in _NO_SUCH_NAME else Unreachable
-        raise kind(f"{host[:200]} has no address") from error
+    except (OSError, UnicodeError) as error:
+        raise Unreachable(f"{host[:200]} has no address") from error
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     if not allow_private and not all(is_public(address) for address in addresses):
         raise NotAllowed(
