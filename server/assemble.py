@@ -15,10 +15,11 @@ from loractl.adapters.manifest import Quantization
 from loractl.server.access import Access, Key
 from loractl.server.bridge import Bridge, BridgeLimits, EngineLike
 from loractl.server.engine.settings import EngineSettings
-from loractl.server.fetch import AdapterSource, Found
+from loractl.server.fetch.from_hub import FromHub
+from loractl.server.fetch.hub_events import HubEvents
+from loractl.server.fetch.hub_reader import HubReader
+from loractl.server.fetch.source import AdapterSource, Found
 from loractl.server.hub_callers import HubCallers
-from loractl.server.hub_events import HubEvents
-from loractl.server.hub_reader import HubReader
 from loractl.server.metrics import ServerMetrics
 from loractl.server.prompts import Prompts
 from loractl.server.serving import Serving, ServingSettings
@@ -108,11 +109,13 @@ def assemble(
     """
     choices = checked.choices
     metrics = ServerMetrics(max_adapter_labels=choices.max_adapter_labels)
-    hub = cache = None
+    hub = cache = events = None
     if choices.hub_url is not None:
         folder = choices.cache_folder or cache_folder() / "adapters"
         cache = AdapterCache(folder, max_bytes=choices.cache_bytes, on_stage=metrics.saw_cache_stage)
-        hub = HubReader(choices.hub_url, token=choices.hub_token, cache=cache)
+        reader = HubReader(choices.hub_url, token=choices.hub_token, cache=cache)
+        hub = FromHub(reader, on_call=metrics.saw_hub_call)
+        events = HubEvents(hub.names, choices.hub_url, token=choices.hub_token)
     settings = ServingSettings(
         base_name=checked.base_name,
         base_fingerprint=checked.fingerprint,
@@ -124,9 +127,6 @@ def assemble(
         drain_timeout_s=choices.drain_timeout_s,
         drain_grace_s=choices.drain_grace_s,
     )
-    source = AdapterSource(
-        local=checked.local, hub=hub, base_fingerprint=checked.fingerprint, on_hub_call=metrics.saw_hub_call
-    )
     return Serving(
         settings=settings,
         bridge=Bridge(
@@ -135,8 +135,8 @@ def assemble(
             on_step=metrics.saw_step,
             on_load=metrics.saw_load,
         ),
-        source=source,
-        hub_events=None if hub is None else HubEvents(source, hub.url, token=choices.hub_token),
+        source=AdapterSource(local=checked.local, hub=hub, base_fingerprint=checked.fingerprint),
+        hub_events=events,
         prompts=prompts,
         metrics=metrics,
         access=checked.access,

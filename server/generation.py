@@ -11,7 +11,7 @@ import msgspec
 
 from loractl.adapters.errors import BadRequest, ContextExceeded
 from loractl.server.engine.messages import AdapterUse, Constraint, RequestId, Sampling, Submit
-from loractl.server.fetch import Found
+from loractl.server.fetch.source import Found
 from loractl.server.metrics import Tier
 from loractl.server.openai_wire import UNSUPPORTED_FIELDS, ChatRequest, Common, CompletionRequest
 from loractl.server.output_form import constraint_of

@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 
 from loractl.adapters.local_cache import Stage
 from loractl.adapters.reference import Digest
-from loractl.server.canary import Track
 from loractl.server.engine.stats import LoadFault, LoadRecord, StepRecord
+from loractl.server.fetch.canary import Track
 
 PREFIX = "loractl_server_"
 OTHER = "other"

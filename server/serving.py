@@ -12,9 +12,9 @@ from loractl.server.access import Access, Key
 from loractl.server.bridge import Bridge
 from loractl.server.engine.messages import Submit
 from loractl.server.engine_metrics import Snapshot
-from loractl.server.fetch import AdapterSource, Found
+from loractl.server.fetch.hub_events import HubEvents
+from loractl.server.fetch.source import AdapterSource, Found
 from loractl.server.generation import Caller, Limits, ServedAdapter
-from loractl.server.hub_events import HubEvents
 from loractl.server.metrics import TIERS, ServerMetrics, Tier
 from loractl.server.openai_wire import Common, EmbeddingRequest
 from loractl.server.prompts import Prompts

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 from loractl.adapters.errors import DeadlinePassed
 from loractl.server.bridge import Ticket
-from loractl.server.canary import Track
 from loractl.server.engine.messages import Event, Failed, Finished, RequestId, Timing, Token
+from loractl.server.fetch.canary import Track
 from loractl.server.metrics import ServerMetrics, Tier
 from loractl.server.tracing import RequestTrace
 

@@ -16,7 +16,9 @@ from fakes import FakeEngine
 from loractl.adapters.reference import Digest
 from loractl.server.access import Access
 from loractl.server.bridge import Bridge, BridgeLimits
-from loractl.server.fetch import AdapterSource, FetchLimits, Found, HubSide
+from loractl.server.fetch.from_hub import FromHub
+from loractl.server.fetch.hub_calls import FetchLimits, HubSide
+from loractl.server.fetch.source import AdapterSource, Found
 from loractl.server.metrics import ServerMetrics
 from loractl.server.prompts import Prompts
 from loractl.server.run import DrainingServer, open_socket, uvicorn_config
@@ -88,10 +90,8 @@ async def _live(
         bridge=Bridge(make_engine, limits=limits, on_step=metrics.saw_step, on_load=metrics.saw_load),
         source=AdapterSource(
             local=_local(folder),
-            hub=hub,
+            hub=None if hub is None else FromHub(hub, limits=fetch_limits, on_call=metrics.saw_hub_call),
             base_fingerprint=FINGERPRINT,
-            limits=fetch_limits,
-            on_hub_call=metrics.saw_hub_call,
         ),
         prompts=Prompts(tokenizer),
         metrics=metrics,

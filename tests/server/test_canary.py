@@ -16,10 +16,11 @@ from loractl.adapters.reference import AdapterRef, Digest, parse_reference
 from loractl.hub.client import HubClient
 from loractl.hub.client_records import ResolvedAdapter, ResolvedCanary
 from loractl.server.access import Access
-from loractl.server.canary import is_chosen
-from loractl.server.fetch import AdapterSource
-from loractl.server.hub_events import HubEvents
-from loractl.server.hub_reader import HubReader
+from loractl.server.fetch.canary import is_chosen
+from loractl.server.fetch.from_hub import FromHub
+from loractl.server.fetch.hub_events import HubEvents
+from loractl.server.fetch.hub_reader import HubReader
+from loractl.server.fetch.source import AdapterSource
 from loractl.server.metrics import OTHER, ServerMetrics
 from pushing import push
 from tiny_models import make_adapter, make_tiny_base
@@ -128,8 +129,9 @@ async def test_running_server_follows_a_canary_and_its_end_by_events(hub: LiveHu
     first, second = (make_adapter(base, tmp_path / f"a{seed}", seed=seed) for seed in (1, 2))
     await asyncio.to_thread(lambda: [push(hub, folder) for folder in (first, second)])
     reader = HubReader(hub.url, token=hub.admin, cache=AdapterCache(tmp_path / "cache"), resolve_timeout_s=10.0)
-    source = AdapterSource(local={}, hub=reader, base_fingerprint="sha256:" + "0" * 64)
-    events = HubEvents(source, hub.url, token=hub.admin)
+    adapters = FromHub(reader)
+    source = AdapterSource(local={}, hub=adapters, base_fingerprint="sha256:" + "0" * 64)
+    events = HubEvents(adapters.names, hub.url, token=hub.admin)
     events.start()
     callers = [f"blue\0u{number}" for number in range(40)]
 

@@ -14,7 +14,7 @@ import pytest
 from drills import BODY, LONG, encoded, open_request, print_figures, stream, until
 from fake_hub import FakeHub
 from loractl.hub.client_records import ResolvedAdapter
-from loractl.server.fetch import FetchLimits
+from loractl.server.fetch.hub_calls import FetchLimits
 
 pytestmark = pytest.mark.drill
 

@@ -27,8 +27,8 @@ from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.reference import Digest, parse_reference
 from loractl.hub.client import HubClient
 from loractl.server.access import Access
+from loractl.server.fetch.hub_reader import HubReader
 from loractl.server.hub_callers import HubCallers
-from loractl.server.hub_reader import HubReader
 
 pytestmark = pytest.mark.drill
 

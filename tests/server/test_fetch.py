@@ -13,8 +13,10 @@ from loractl.adapters.digest import CONFIG_FILE, WEIGHTS_FILE, adapter_digest
 from loractl.adapters.errors import BaseMismatch, Overloaded, RepoNotFound, Unreachable
 from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.reference import AdapterRef
-from loractl.server.fetch import AdapterSource, FetchLimits
-from loractl.server.hub_reader import HubReader
+from loractl.server.fetch.from_hub import FromHub
+from loractl.server.fetch.hub_calls import FetchLimits
+from loractl.server.fetch.hub_reader import HubReader
+from loractl.server.fetch.source import AdapterSource
 
 
 class Clock:
@@ -39,7 +41,7 @@ def clock() -> Clock:
 async def source(hub: FakeHub, clock: Clock) -> Any:
     # A busy machine must not look like a slow hub.
     patient = FetchLimits(resolve_timeout_s=60.0, stale_wait_s=60.0)
-    source = AdapterSource(local={}, hub=hub, base_fingerprint=BASE, limits=patient, clock=clock)
+    source = AdapterSource(local={}, hub=FromHub(hub, limits=patient, clock=clock), base_fingerprint=BASE)
     yield source
     await source.close()
 
@@ -93,8 +95,9 @@ async def test_adapter_on_the_disk_serves_after_a_restart_without_the_hub(
     folder = tmp_path / hub.remembered.digest[7:]
     folder.mkdir()
     hub.is_down = True
+    assert source.hub is not None
     for _ in range(3):
-        source.breaker.failed()
+        source.hub.calls.breaker.failed()
     assert (await source.find("team/a")).folder == folder
 
 
@@ -129,7 +132,7 @@ def test_reader_notes_what_a_name_meant_and_forgets_what_left_the_cache(
 async def test_silent_hub_is_a_503_before_long(hub: FakeHub) -> None:
     hub.delay_s = 0.5
     limits = FetchLimits(resolve_timeout_s=0.05)
-    source = AdapterSource(local={}, hub=hub, base_fingerprint=BASE, limits=limits)
+    source = AdapterSource(local={}, hub=FromHub(hub, limits=limits), base_fingerprint=BASE)
     with pytest.raises(Unreachable):
         await source.find("team/a")
     await source.close()
@@ -149,11 +152,12 @@ async def test_unknown_name_is_asked_once_and_forgotten_in_time(
 
 async def test_memory_of_unknown_names_is_bounded(hub: FakeHub, clock: Clock) -> None:
     limits = FetchLimits(max_negative=50, max_lookups_per_s=1e9, resolve_timeout_s=60.0)
-    source = AdapterSource(local={}, hub=hub, base_fingerprint=BASE, limits=limits, clock=clock)
+    adapters = FromHub(hub, limits=limits, clock=clock)
+    source = AdapterSource(local={}, hub=adapters, base_fingerprint=BASE)
     for number in range(200):
         with pytest.raises(RepoNotFound):
             await source.find(f"team/x{number}")
-    assert len(source._missing) == 50
+    assert adapters.names.num_missing == 50
     await source.close()
 
 

@@ -14,8 +14,8 @@ from loractl.adapters.reference import parse_reference
 from loractl.hub.client import HubClient
 from loractl.server.access import Access, Key
 from loractl.server.assemble import Choices, check
+from loractl.server.fetch.hub_reader import HubReader
 from loractl.server.hub_callers import HubCallers
-from loractl.server.hub_reader import HubReader
 from tiny_models import make_adapter, make_tiny_base
 
 pytestmark = pytest.mark.slow

@@ -14,14 +14,18 @@ from loractl.adapters.errors import RepoNotFound
 from loractl.adapters.local_cache import AdapterCache
 from loractl.adapters.reference import AdapterRef
 from loractl.hub.client_records import ResolvedAdapter
-from loractl.server.fetch import AdapterSource, FetchLimits
-from loractl.server.hub_events import HubEvents
-from loractl.server.hub_reader import HubReader
+from loractl.server.fetch.from_hub import FromHub
+from loractl.server.fetch.hub_calls import FetchLimits
+from loractl.server.fetch.hub_events import HubEvents
+from loractl.server.fetch.hub_reader import HubReader
+from loractl.server.fetch.known_names import KnownNames
+from loractl.server.fetch.source import AdapterSource
 from pushing import push
 from tiny_models import make_adapter, make_tiny_base
 
 # Without events a name would be believed for an hour.
 _PATIENT = FetchLimits(fresh_s=3600.0, usable_s=3600.0, told_s=3600.0, resolve_timeout_s=10.0, stale_wait_s=10.0)
+_BASE = "sha256:" + "0" * 64
 
 
 class _CountingReader(HubReader):
@@ -48,12 +52,17 @@ def hub(tmp_path: Path) -> Iterator[LiveHub]:
 
 
 @pytest.fixture
-async def source(hub: LiveHub, tmp_path: Path) -> AsyncIterator[AdapterSource]:
-    reader = _CountingReader(hub.url, token=hub.admin, cache=AdapterCache(tmp_path / "cache"), resolve_timeout_s=10.0)
-    source = AdapterSource(local={}, hub=reader, base_fingerprint="sha256:" + "0" * 64, limits=_PATIENT)
+def reader(hub: LiveHub, tmp_path: Path) -> Iterator[_CountingReader]:
+    cache = AdapterCache(tmp_path / "cache")
+    with contextlib.closing(_CountingReader(hub.url, token=hub.admin, cache=cache, resolve_timeout_s=10.0)) as counting:
+        yield counting
+
+
+@pytest.fixture
+async def source(reader: _CountingReader) -> AsyncIterator[AdapterSource]:
+    source = AdapterSource(local={}, hub=FromHub(reader, limits=_PATIENT), base_fingerprint=_BASE)
     yield source
     await source.close()
-    reader.close()
 
 
 async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -62,16 +71,21 @@ async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.02)
 
 
+def _names(source: AdapterSource) -> KnownNames:
+    assert source.hub is not None
+    return source.hub.names
+
+
 async def _is_told(source: AdapterSource) -> bool:
-    return source.is_told
+    return _names(source).is_told
 
 
 async def test_moved_channel_is_followed_by_its_event_alone(
-    hub: LiveHub, source: AdapterSource, folders: list[Path]
+    hub: LiveHub, reader: _CountingReader, source: AdapterSource, folders: list[Path]
 ) -> None:
     first, second = folders
     await asyncio.to_thread(push, hub, first)
-    events = HubEvents(source, hub.url, token=hub.admin)
+    events = HubEvents(_names(source), hub.url, token=hub.admin)
     events.start()
     await _until(lambda: _is_told(source))
     assert (await source.find("team/name")).digest == folder_digest(first)
@@ -81,8 +95,6 @@ async def test_moved_channel_is_followed_by_its_event_alone(
         return (await source.find("team/name")).digest == folder_digest(second)
 
     await _until(has_moved)
-    reader = source._hub
-    assert isinstance(reader, _CountingReader)
     assert reader.num_resolves == 2
     await events.close()
 
@@ -90,7 +102,7 @@ async def test_moved_channel_is_followed_by_its_event_alone(
 async def test_name_that_was_missing_is_found_as_soon_as_it_is_pushed(
     hub: LiveHub, source: AdapterSource, folders: list[Path]
 ) -> None:
-    events = HubEvents(source, hub.url, token=hub.admin)
+    events = HubEvents(_names(source), hub.url, token=hub.admin)
     events.start()
     await _until(lambda: _is_told(source))
     with pytest.raises(RepoNotFound):
@@ -118,14 +130,14 @@ async def test_channel_that_moved_while_the_hub_was_away_is_found_when_it_is_bac
         reader = HubReader(
             before.url, token=before.admin, cache=AdapterCache(tmp_path / "cache"), resolve_timeout_s=10.0
         )
-        source = AdapterSource(local={}, hub=reader, base_fingerprint="sha256:" + "0" * 64, limits=_PATIENT)
-        events = HubEvents(source, before.url, token=before.admin)
+        source = AdapterSource(local={}, hub=FromHub(reader, limits=_PATIENT), base_fingerprint=_BASE)
+        events = HubEvents(_names(source), before.url, token=before.admin)
         events.start()
         await _until(lambda: _is_told(source))
         assert (await source.find("team/name")).digest == folder_digest(first)
 
     async def is_alone() -> bool:
-        return not source.is_told
+        return not _names(source).is_told
 
     await _until(is_alone)
     assert (await source.find("team/name")).digest == folder_digest(first)
@@ -164,12 +176,12 @@ async def test_answer_that_a_change_has_overtaken_is_not_kept(tmp_path: Path) ->
 
     hub = Slow(tmp_path)
     hub.digits["team/name"] = "1"
-    source = AdapterSource(local={}, hub=hub, base_fingerprint="sha256:" + "0" * 64, limits=_PATIENT)
-    source.is_told = True
+    source = AdapterSource(local={}, hub=FromHub(hub, limits=_PATIENT), base_fingerprint=_BASE)
+    _names(source).is_told = True
     early = asyncio.create_task(source.find("team/name"))
     await asked.wait()
     hub.digits["team/name"] = "2"
-    source.forget("team/name")
+    _names(source).forget("team/name")
     go_on.set()
     await early
     assert (await source.find("team/name")).digest == digest_of("2")

@@ -13,7 +13,7 @@ from drills import BODY, LONG, print_figures
 from fake_hub import FakeHub, resolved
 from loractl.adapters.reference import AdapterRef, Digest
 from loractl.hub.client_records import ResolvedAdapter
-from loractl.server.fetch import FetchLimits
+from loractl.server.fetch.hub_calls import FetchLimits
 
 NUM_ADAPTERS = 200
 _INFO = re.compile(

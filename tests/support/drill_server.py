@@ -122,8 +122,9 @@ def _with_fake_engine(options: dict[str, Any]) -> "Serving":
     from loractl.adapters.local_cache import AdapterCache
     from loractl.server.access import Access
     from loractl.server.bridge import Bridge
-    from loractl.server.fetch import AdapterSource
-    from loractl.server.hub_reader import HubReader
+    from loractl.server.fetch.from_hub import FromHub
+    from loractl.server.fetch.hub_reader import HubReader
+    from loractl.server.fetch.source import AdapterSource
     from loractl.server.metrics import ServerMetrics
     from loractl.server.prompts import Prompts
     from loractl.server.serving import Serving, ServingSettings
@@ -142,7 +143,8 @@ def _with_fake_engine(options: dict[str, Any]) -> "Serving":
     fingerprint = "sha256:" + "b" * 64
     hub = None
     if "hub" in options:
-        hub = HubReader(options["hub"], token=options.get("token"), cache=AdapterCache(Path(options["cache"])))
+        cache = AdapterCache(Path(options["cache"]))
+        hub = FromHub(HubReader(options["hub"], token=options.get("token"), cache=cache))
     metrics = ServerMetrics()
     keys = options.get("keys")
     return Serving(

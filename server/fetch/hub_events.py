@@ -1,7 +1,7 @@
-"""Listens to the hub's events and tells the adapter source which names to ask for again. Knows no request.
+"""Listens to the hub's events and tells which names to ask for again. Knows no request.
 
 While the stream lives, a name that was asked for once stays valid until the hub says that it changed; when it breaks,
-the source goes back to asking every second by itself.
+names are asked for every second again.
 """
 
 import asyncio
@@ -10,16 +10,16 @@ import logging
 
 from loractl.adapters.errors import LoractlError
 from loractl.hub.event_client import Gone, Lost, Ready, Told, follow_events
-from loractl.server.fetch import AdapterSource
+from loractl.server.fetch.known_names import KnownNames
 
 _log = logging.getLogger("loractl.server")
 
 
 class HubEvents:
-    """Follows one hub for one source, from `start` to `close`."""
+    """Follows one hub for what its names mean, from `start` to `close`."""
 
-    def __init__(self, source: AdapterSource, url: str, *, token: str | None) -> None:
-        self._source = source
+    def __init__(self, names: KnownNames, url: str, *, token: str | None) -> None:
+        self._names = names
         self._url = url
         self._token = token
         self._task: asyncio.Task[None] | None = None
@@ -41,17 +41,17 @@ class HubEvents:
     def _take(self, told: Told) -> None:
         match told:
             case Ready():
-                self._source.is_told = True
+                self._names.is_told = True
                 self._last_code = None
             case Gone():
-                self._source.forget_all()
+                self._names.forget_all()
             case Lost(error):
-                self._source.is_told = False
+                self._names.is_told = False
                 self._say(error)
             case event:
                 for name in (event.repo_id, event.data.get("from")):
                     if isinstance(name, str):
-                        self._source.forget(name)
+                        self._names.forget(name)
 
     def _say(self, error: LoractlError) -> None:
         # Once per break, however often it is tried again.
