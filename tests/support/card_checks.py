@@ -24,7 +24,9 @@ from loractl.server.engine.settings import EngineSettings
 from tiny_models import make_adapter, make_tiny_base
 
 Outcome = dict[str, Any]
-_SETTINGS = EngineSettings(num_slots=8, max_rank=16, max_batch_tokens=256, max_running=64, kv_bytes=1 << 26)
+_SETTINGS = EngineSettings(
+    num_slots=8, max_rank=16, max_batch_tokens=256, max_running=64, kv_bytes=1 << 26, run_ahead=True
+)
 
 
 def run_checks(
@@ -42,6 +44,7 @@ def run_checks(
     for kind, engine in engines.items():
         yield _neighbours(f"neighbours, {kind}", engine, uses_of(adapters))
     yield _graphs(engines["int8"], uses_of(adapters))
+    yield _ahead(engines["int8"], uses_of(adapters))
     yield _many(engines["int8"], uses_of(adapters), num_requests)
     for engine in engines.values():
         engine.close()
@@ -53,8 +56,9 @@ def _engine(base: Path, quantization: Quantization, dtype: Dtype) -> Engine:
     return Engine(load_base(base, quantization=quantization, dtype=dtype), _SETTINGS)
 
 
-def _submit(name: str, prompt: tuple[int, ...], use: tuple[AdapterUse, ...], num_tokens: int) -> Submit:
-    sampling = Sampling(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, num_logprobs=0)
+def _submit(name: str, prompt: tuple[int, ...], use: tuple[AdapterUse, ...], num_tokens: int, **asked: Any) -> Submit:
+    given = {"max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True, "num_logprobs": 0} | asked
+    sampling = Sampling(**given)
     return Submit(id=RequestId(name), prompt=prompt, adapters=use, sampling=sampling)
 
 
@@ -129,6 +133,44 @@ def _graphs(engine: Engine, uses: Any) -> Outcome:
     }
 
 
+@contextlib.contextmanager
+def one_at_a_time(engine: Engine) -> Iterator[None]:
+    """Let no step be launched before the tokens of the one before are read."""
+    ahead: Any = engine._ahead
+    kept, ahead._is_on = ahead._is_on, False
+    try:
+        yield
+    finally:
+        ahead._is_on = kept
+
+
+def _ahead(engine: Engine, uses: Any) -> Outcome:
+    """Drawn and likeliest tokens of rows that end at different steps; only rows without log probabilities fly."""
+    submits = [
+        _submit(
+            f"f{index}",
+            (20 + index, 4, 9),
+            uses[index % 4] if index % 3 else (),
+            6 + index,
+            num_logprobs=None,
+            temperature=float(index % 2),
+            seed=index,
+            top_p=0.9 if index % 4 == 1 else 1.0,
+        )
+        for index in range(11)
+    ]
+    before = engine._ahead.num_ahead
+    flown = _answers(engine, submits)
+    num_ahead = engine._ahead.num_ahead - before
+    with one_at_a_time(engine):
+        read = _answers(engine, submits)
+    return {
+        "check": "steps ahead against one at a time",
+        "ok": num_ahead > 0 and all(flown[name][0] == read[name][0] for name in read),
+        "ahead": num_ahead,
+    }
+
+
 def _many(engine: Engine, uses: Any, num_requests: int) -> Outcome:
     """Many requests through few slots: each answers as the first of its prompt and adapter did, and the books agree."""
     draw = random.Random(0)
@@ -142,7 +184,10 @@ def _many(engine: Engine, uses: Any, num_requests: int) -> Outcome:
     num_different = 0
     for start in range(0, num_requests, 500):
         part = list(enumerate(plans[start : start + 500], start))
-        found = _answers(engine, [_submit(f"m{at}", prompts[which], sixteen[who], 3) for at, (who, which) in part])
+        found = _answers(
+            engine,
+            [_submit(f"m{at}", prompts[which], sixteen[who], 3, num_logprobs=None) for at, (who, which) in part],
+        )
         for at, (who, which) in part:
             num_different += found[f"m{at}"][0] != first.setdefault((who % 4, which), found[f"m{at}"][0])
     name = f"{num_requests} requests, 16 adapters, {engine.size.num_slots} slots"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from card_bench import Bench, Uses, copy_bytes_per_s, decode_rate, figure, median_burst
-from card_checks import without_graphs
+from card_checks import one_at_a_time, without_graphs
 from loractl.adapters.base_loading import memory_bytes
 from loractl.adapters.reference import Digest
 from loractl.server.engine.engine import Engine
@@ -30,6 +30,9 @@ def int8_engine(bench: Bench) -> Iterator[dict[str, Any]]:
     with without_graphs(engine):
         plain_s = median_burst(bench, engine, none, one).decode_s
     yield figure("decode, 1 request: recorded steps / plain", 1 / step_s, 1 / plain_s if plain_s else None, ">= 1.0")
+    with one_at_a_time(engine):
+        waited_s = median_burst(bench, engine, none, one).decode_s
+    yield figure("the same: steps ahead / one at a time", 1 / step_s, 1 / waited_s if waited_s else None, ">= 1.0")
     uses = bench.uses(bench.llama, bench.num_adapters)
     names = {"none": none, "distinct": uses, "identical": uses[:1]}
     work = bench.work()
