@@ -13,15 +13,22 @@ if TYPE_CHECKING:
     import torch
 
 MICRO_BATCH_TOKENS = 1024
+# Rows are put one behind the other up to so many tokens: attention costs little until there, padding is spared.
+_PACKED_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """Rows padded to the longest: `ids`, `attended` and `learned`, each [rows, tokens]."""
+    """Rows padded to the longest: `ids` and `learned`, each [rows, tokens].
+
+    `attended` [rows, tokens] tells padding. It is None where several rows lie one behind the other: `positions`
+    [rows, tokens] tell those apart by beginning anew, by which transformers masks one from the other.
+    """
 
     ids: "torch.Tensor"
-    attended: "torch.Tensor"
     learned: "torch.Tensor"
+    attended: "torch.Tensor | None" = None
+    positions: "torch.Tensor | None" = None
 
 
 def num_steps(num_rows: int, train: TrainPart) -> int:
@@ -64,22 +71,62 @@ def micro_batches(
 
 
 def padded_tokens(micro: Sequence[Example]) -> int:
-    """Count the tokens that go through the model for rows in the order of their lengths, padding included."""
+    """Count the tokens of rows in the order of their lengths, each padded to the longest."""
     return sum(len(example.sequences) for example in micro) * micro[-1].longest
+
+
+def pass_shape(micro: Sequence[Example], *, packed: bool) -> tuple[int, int]:
+    """Rows and tokens of what goes through the model for rows in the order of their lengths.
+
+    `packed` is whether the model tells rows apart that lie one behind the other; pairs are never packed.
+    """
+    if packed and all(example.rejected is None for example in micro):
+        packs = pack(micro)
+        return len(packs), max(map(_num_tokens, packs))
+    return sum(len(example.sequences) for example in micro), micro[-1].longest
+
+
+def pack(rows: Sequence[Example]) -> list[list[Example]]:
+    """Put rows into as few packs as hold them, all of about one length; each row its own pack where that pads less."""
+    longest = max(len(example.ids) for example in rows)
+    num_packs = math.ceil(_num_tokens(rows) / max(longest, _PACKED_TOKENS))
+    packs: list[list[Example]] = [[] for _ in range(num_packs)]
+    for example in sorted(rows, key=lambda example: -len(example.ids)):
+        min(packs, key=_num_tokens).append(example)
+    if num_packs * max(map(_num_tokens, packs)) < len(rows) * longest:
+        return packs
+    return [[example] for example in rows]
+
+
+def _num_tokens(rows: Sequence[Example]) -> int:
+    return sum(len(example.ids) for example in rows)
 
 
 def collate(batch: Sequence[Example], device: "torch.device") -> Tensors:
     """Pad rows at their end; padding is told by position, never by a token's id."""
     import torch
 
-    longest = max(len(example.ids) for example in batch)
-    ids = torch.zeros(len(batch), longest, dtype=torch.long)
-    attended = torch.zeros(len(batch), longest, dtype=torch.long)
-    learned = torch.zeros(len(batch), longest, dtype=torch.bool)
-    for row, example in enumerate(batch):
-        length = len(example.ids)
-        ids[row, :length] = torch.tensor(example.ids)
-        attended[row, :length] = 1
-        learned[row, :length] = torch.tensor(example.learned)
-    learned[:, 0] = False  # nothing comes before the first token, so nothing predicts it
-    return Tensors(ids.to(device), attended.to(device), learned.to(device))
+    tensors = collate_packs([[example] for example in batch], device)
+    lengths = torch.tensor([len(example.ids) for example in batch])
+    attended = (torch.arange(tensors.ids.shape[1]) < lengths.unsqueeze(1)).long()
+    return Tensors(tensors.ids, tensors.learned, attended=attended.to(device))
+
+
+def collate_packs(packs: Sequence[Sequence[Example]], device: "torch.device") -> Tensors:
+    """Lay the rows of each pack one behind the other; every token of the padding is a row of its own."""
+    import torch
+
+    longest = max(map(_num_tokens, packs))
+    ids = torch.zeros(len(packs), longest, dtype=torch.long)
+    positions = torch.zeros(len(packs), longest, dtype=torch.long)
+    learned = torch.zeros(len(packs), longest, dtype=torch.bool)
+    for number, rows in enumerate(packs):
+        start = 0
+        for example in rows:
+            stop = start + len(example.ids)
+            ids[number, start:stop] = torch.tensor(example.ids)
+            positions[number, start:stop] = torch.arange(len(example.ids))
+            learned[number, start:stop] = torch.tensor(example.learned)
+            learned[number, start] = False  # nothing comes before the first token, so nothing predicts it
+            start = stop
+    return Tensors(ids.to(device), learned.to(device), positions=positions.to(device))

@@ -13,9 +13,9 @@ from typing import Any
 
 from loractl.adapters.base_loading import pick_dtype, quiet_libraries, teach_layout
 from loractl.adapters.host_memory import free_memory
-from loractl.adapters.training.batches import MICRO_BATCH_TOKENS, micro_batches, padded_tokens, step_rows
+from loractl.adapters.training.batches import MICRO_BATCH_TOKENS, micro_batches, pass_shape, step_rows
 from loractl.adapters.training.examples import Example
-from loractl.adapters.training.loss import CHUNK_POSITIONS
+from loractl.adapters.training.loss import CHUNK_POSITIONS, can_pack
 from loractl.adapters.training.recipe import Recipe
 
 _ADAM_BYTES = 16  # float32 weight, gradient and two moments
@@ -101,7 +101,9 @@ def make_ledger(
     teach_layout(folder)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     model, targets = empty_model(config, recipe, dtype=dtype, device=device)
-    return Ledger(model, recipe, _largest(micros), device=device, runtime=runtime_bytes(device)), targets
+    return Ledger(
+        model, recipe, _largest(micros, packed=can_pack(model)), device=device, runtime=runtime_bytes(device)
+    ), targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +182,11 @@ def available_bytes(device: str) -> int:
     return free_memory().size_bytes
 
 
-def _largest(micros: Sequence[Sequence[Example]]) -> Pass:
-    largest = max(micros, key=lambda micro: padded_tokens(micro) * micro[-1].longest ** 0.2)
-    return Pass(
-        num_rows=sum(len(row.sequences) for row in largest),
-        num_tokens=largest[-1].longest,
-        num_learned=max(sum(example.num_learned for example in micro) for micro in micros),
-    )
+def _largest(micros: Sequence[Sequence[Example]], *, packed: bool) -> Pass:
+    shapes = [pass_shape(micro, packed=packed) for micro in micros]
+    num_rows, num_tokens = max(shapes, key=lambda shape: shape[0] * shape[1] ** 1.2)
+    num_learned = max(sum(example.num_learned for example in micro) for micro in micros)
+    return Pass(num_rows=num_rows, num_tokens=num_tokens, num_learned=num_learned)
 
 
 def _count(model: Any) -> tuple[int, int, int, int]:

@@ -1,9 +1,11 @@
 """What a run would take: rows, tokens, steps, memory, and the time of a probe. Loads no weights but for the probe."""
 
+import math
 from dataclasses import dataclass
 
-from loractl.adapters.training.batches import num_steps, padded_tokens
+from loractl.adapters.training.batches import num_steps, pass_shape
 from loractl.adapters.training.data_summary import DataSummary
+from loractl.adapters.training.loss import can_pack
 from loractl.adapters.training.memory import Memory, fit_run, make_ledger, run_micro_batches
 from loractl.adapters.training.recipe import Recipe
 from loractl.adapters.training.rows import rows_digest
@@ -57,7 +59,7 @@ def make_plan(recipe: Recipe, inputs: Inputs | None = None) -> Plan:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     micros = run_micro_batches(inputs.train, recipe)
     ledger, targets = make_ledger(recipe, inputs.folder, micros, device=device)
-    lora = ledger.model.peft_config["default"]
+    lora, packed = ledger.model.peft_config["default"], can_pack(ledger.model)
     fit = fit_run(recipe, ledger, device=device)
     return Plan(
         base_id=inputs.identity.id,
@@ -76,7 +78,7 @@ def make_plan(recipe: Recipe, inputs: Inputs | None = None) -> Plan:
         epochs=recipe.train.epochs,
         num_steps=num_steps(len(inputs.train), recipe.train),
         rows_per_step=recipe.train.batch_size * recipe.train.accumulation,
-        num_padded_tokens=sum(padded_tokens(micro) for micro in micros),
+        num_padded_tokens=sum(math.prod(pass_shape(micro, packed=packed)) for micro in micros),
         checkpoint_activations=fit.recompute,
         memory=fit.needed,
         full_fine_tuning=ledger.full(recompute=fit.recompute),
@@ -114,4 +116,5 @@ def probe_seconds(recipe: Recipe, inputs: Inputs, plan: Plan) -> float:
 
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    return seconds / padded_tokens(rows) * plan.num_padded_tokens
+    num_tokens = math.prod(pass_shape(rows, packed=can_pack(trunk.model)))
+    return seconds / num_tokens * plan.num_padded_tokens

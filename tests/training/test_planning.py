@@ -10,8 +10,10 @@ from transformers import LlamaConfig
 
 from loractl.adapters.base_loading import load_base_model
 from loractl.adapters.training import memory
+from loractl.adapters.training.batches import collate_packs, pack
 from loractl.adapters.training.events import Started
-from loractl.adapters.training.memory import Ledger, Pass, empty_model
+from loractl.adapters.training.loss import learned_positions
+from loractl.adapters.training.memory import Ledger, Pass, empty_model, run_micro_batches
 from loractl.adapters.training.planning import make_plan
 from loractl.adapters.training.recipe import Recipe, resolve_recipe
 from loractl.adapters.training.run import prepare, run
@@ -92,12 +94,11 @@ def test_activations_on_shapes_alone_equal_those_of_the_real_model(tmp_path: Pat
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    examples = prepare(recipe).train
-    longest = max(len(example.ids) for example in examples)
-    # All rows of a step fit one pass of this tiny base.
-    ids = torch.zeros(recipe.train.batch_size, longest, dtype=torch.long)
+    # All rows of a step go through this tiny base one behind the other.
+    steps = [collate_packs(pack(rows), trunk.device) for rows in run_micro_batches(prepare(recipe).train, recipe)]
+    longest = max(steps, key=lambda tensors: tensors.ids.shape[1])
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trunk.model.get_base_model().base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        learned_positions(trunk.model, longest)
     sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
     assert plan.memory.activations == pytest.approx(sum(sizes) + 2 * max(sizes), rel=0.05)
 
