@@ -4,11 +4,14 @@
 others, with cities, sums and names that no training row had. JSON lines on stdout; under six minutes on two cores.
 """
 
+import argparse
+import itertools
 import json
 import random
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +21,34 @@ from loractl.adapters.training.run import run
 from tool_rows import TOOLS, tool_row, tool_speaking_base
 
 NUM_TRAIN, NUM_ASKED = 96, 48
+_ASKED_TOGETHER = 8
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=NUM_TRAIN, help=f"rows to train on [{NUM_TRAIN}]")
+    parser.add_argument("--asked", type=int, default=NUM_ASKED, help=f"requests to each model [{NUM_ASKED}]")
+    parser.add_argument("--epochs", type=float, default=2.0, help="[2]")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         base = tool_speaking_base(folder / "base")
         draw = random.Random(0)
-        train = [tool_row(draw, half=0) for _ in range(NUM_TRAIN)]
-        asked = [tool_row(draw, half=1) for _ in range(NUM_ASKED)]
+        train = [tool_row(draw, half=0) for _ in range(options.rows)]
+        asked = [tool_row(draw, half=1) for _ in range(options.asked)]
         data = folder / "calls.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in train))
         settings = {
             "base": str(base),
             "out": str(folder / "calls"),
             "data.files": [str(data)],
-            "train.epochs": 2,
+            "train.epochs": options.epochs,
             "train.batch_size": 4,
             "train.patience": 0,
         }
         start = time.perf_counter()
         outcome = run(resolve_recipe(preset="agent", file=None, settings=settings), listener=lambda _: None)
-        trained = {"rows": NUM_TRAIN, "seconds": round(time.perf_counter() - start, 1)} | outcome.manifest.metrics
+        trained = {"rows": options.rows, "seconds": round(time.perf_counter() - start, 1)} | outcome.manifest.metrics
         print(json.dumps({"figure": "training"} | trained), flush=True)
         _ask_server(folder, base, outcome.folder, asked)
 
@@ -55,12 +64,15 @@ def _ask_server(folder: Path, base: Path, adapter: Path, asked: list[dict[str, A
         server.wait_until_ready()
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         for model in (base.name, "calls"):
-            found = Counter[str]()
-            for row in asked:
+
+            def judged(row: dict[str, Any], model: str = model) -> list[str]:
                 answer = client.chat.completions.create(
                     model=model, messages=row["messages"][:1], tools=row["tools"], temperature=0.0, max_tokens=64
                 )
-                found.update(_judged(answer.choices[0].message.tool_calls or [], row))
+                return _judged(answer.choices[0].message.tool_calls or [], row)
+
+            with ThreadPoolExecutor(_ASKED_TOGETHER) as pool:
+                found = Counter(itertools.chain.from_iterable(pool.map(judged, asked)))
             rates = {key: round(found[key] / len(asked), 3) for key in ("right_tool", "valid", "exact")}
             print(json.dumps({"figure": "tool calls", "model": model, "requests": len(asked)} | rates), flush=True)
     finally:

@@ -59,7 +59,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(kind: str, attent
     gradient, weight.grad = weight.grad, None
     model.set_attn_implementation(attention)
     loss = summed_loss(model, rows)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert can_pack(model)
     assert len(pack(rows)) < len(rows)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
