@@ -19,6 +19,8 @@ from loractl.adapters.training.loss import CHUNK_POSITIONS, can_pack
 from loractl.adapters.training.recipe import Recipe
 
 _ADAM_BYTES = 16  # float32 weight, gradient and two moments
+# bitsandbytes' 8-bit Adam: float32 weight and gradient, two moments of a byte with a float32 scale for each 256.
+_ADAM_8BIT_BYTES = 8 + 2 * (1 + 4 / 256)
 _QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 0.127 / 8}
 # Logits of a chunk: in the model's type, in float32, and the gradients of both.
 _LOGIT_BYTES = 12
@@ -56,18 +58,24 @@ class Ledger:
 
     def __init__(self, model: Any, recipe: Recipe, largest: Pass, *, device: str, runtime: int) -> None:
         self.model, self._largest, self._runtime = model, largest, runtime
-        linear, self._other, self.num_parameters, self.num_modules = _count(model)
+        layers, self._other, self.num_parameters, self.num_modules = _count(model)
+        linear = sum(layers)
         width: int = model.get_base_model().dtype.itemsize
         self._linear = linear
         self._base = round(linear * _QUANTIZED_BYTES.get(recipe.quantize, width)) + self._other * width
         if recipe.quantize == "int8" and device == "cpu" and recipe.train.expand_int8 is not False:
             self._base += linear * width
+        is_8bit = device == "cuda" and recipe.train.optimizer != "adamw"
+        self._adam_bytes = _ADAM_8BIT_BYTES if is_8bit else _ADAM_BYTES
+        # A card's products with a quantized weight make it wide first, one layer's at a time.
+        is_widened = device == "cuda" and recipe.quantize in _QUANTIZED_BYTES
+        self._widened = max(layers, default=0) * width if is_widened else 0
         self._loss = min(largest.num_learned, CHUNK_POSITIONS) * int(model.config.vocab_size) * _LOGIT_BYTES
 
     def adapter(self, *, recompute: bool) -> Memory:
         """Count the run that trains the adapter alone."""
-        adapter = self.num_parameters * _ADAM_BYTES
-        return self._memory(self._base, adapter, self._activations(recompute=recompute))
+        adapter = round(self.num_parameters * self._adam_bytes)
+        return self._memory(self._base, adapter, self._activations(recompute=recompute) + self._widened)
 
     def full(self, *, recompute: bool) -> Memory:
         """Count training every weight by mixed-precision Adam, without an adapter."""
@@ -189,25 +197,25 @@ def _largest(micros: Sequence[Sequence[Example]], *, packed: bool) -> Pass:
     return Pass(num_rows=num_rows, num_tokens=num_tokens, num_learned=num_learned)
 
 
-def _count(model: Any) -> tuple[int, int, int, int]:
-    """Count the weights of linear layers, all other weights, the adapter's, and the layers that it reaches."""
+def _count(model: Any) -> tuple[list[int], int, int, int]:
+    """Count the weights of each linear layer, all other weights, the adapter's, and the layers that it reaches."""
     import torch
 
     from loractl.adapters.training.targets import linear_names
 
     base = model.get_base_model()
     names = linear_names(base)
-    linear = sum(
+    linear = [
         module.weight.numel()
         for name, module in base.named_modules()
         if isinstance(module, torch.nn.Linear)
         and ".lora_" not in name
         and name.removesuffix(".base_layer").rpartition(".")[2] in names
-    )
+    ]
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     every = sum(parameter.numel() for parameter in model.parameters())
     num_modules = sum(hasattr(module, "lora_A") for module in base.modules())
-    return linear, every - adapter - linear, adapter, num_modules
+    return linear, every - adapter - sum(linear), adapter, num_modules
 
 
 def _activation_bytes(model: Any, *, num_rows: int, num_tokens: int, recompute: bool) -> int:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, LlamaConfig
 
-from loractl.adapters.base_loading import load_base_model
+from loractl.adapters.base_loading import load_base_model, quiet_libraries
 from loractl.adapters.training import memory
 from loractl.adapters.training.batches import collate_packs, pack
 from loractl.adapters.training.events import Started
+from loractl.adapters.training.frozen_int8 import FrozenInt8Linear
 from loractl.adapters.training.loss import learned_positions
 from loractl.adapters.training.memory import Ledger, Pass, empty_model, run_micro_batches
 from loractl.adapters.training.planning import make_plan
@@ -101,6 +103,42 @@ def test_activations_on_shapes_alone_equal_those_of_the_real_model(tmp_path: Pat
         learned_positions(trunk.model, longest)
     sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
     assert plan.memory.activations == pytest.approx(sum(sizes) + 2 * max(sizes), rel=0.05)
+
+
+def test_card_keeps_eight_bit_moments_and_widens_one_weight_at_a_time(tmp_path: Path, base: Path) -> None:
+    quiet_libraries()
+    from bitsandbytes.nn import Linear8bitLt
+    from bitsandbytes.optim import AdamW8bit
+
+    recipe = _recipe(tmp_path, base, quantize="int8", **{"train.optimizer": "auto"})
+    model, _ = empty_model(AutoConfig.from_pretrained(base), recipe, dtype=torch.bfloat16, device="cuda")
+    largest = Pass(num_rows=1, num_tokens=8, num_learned=8)
+    card, host = (Ledger(model, recipe, largest, device=device, runtime=0) for device in ("cuda", "cpu"))
+    planned = [ledger.adapter(recompute=False) for ledger in (card, host)]
+
+    parameter = torch.nn.Parameter(torch.randn(16, 4096))
+    parameter.grad = torch.randn_like(parameter)
+    optimizer: Any = AdamW8bit([parameter])
+    optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)
+    moments = [value.nbytes for name, value in optimizer.state[parameter].items() if name[:-1] in {"state", "absmax"}]
+    each = (parameter.nbytes + parameter.grad.nbytes + sum(moments)) / parameter.numel()
+    assert planned[0].adapter == pytest.approx(each * card.num_parameters)
+
+    config = model.config
+    layer: Any = Linear8bitLt(config.hidden_size, config.intermediate_size, bias=False, has_fp16_weights=False)
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            sizes.extend([made.nbytes] if isinstance(made, torch.Tensor) else [])
+            return made
+
+    x = torch.randn(1, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    out = FrozenInt8Linear(layer.to("cpu").eval())(x)
+    with Sizes():  # type: ignore[no-untyped-call]
+        out.sum().backward()
+    assert planned[0].activations - planned[1].activations == max(sizes)
 
 
 def test_quantized_base_and_recomputed_activations_take_less(tmp_path: Path, base: Path) -> None:
