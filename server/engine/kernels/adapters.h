@@ -269,8 +269,9 @@ void expand_rows(const Part<T>& part, int p, const Adapters<T>& adapters, const 
         const int64_t at = i + j * 16;
         if (at >= layer.d_out) break;
         const __mmask16 mask = tail_mask(layer.d_out - at);
-        const float* base = part.sums + group.rows[n] * part.sums_stride + at;
-        part.put(group.rows[n], at, _mm512_add_ps(load16(base, mask), in_order<T>(sums[n], j)), mask);
+        const int64_t row = group.rows[n];
+        const __m512 base = part.sums ? load16(part.sums + row * part.sums_stride + at, mask) : load16(part.out + row * part.out_stride + at, mask);
+        part.put(row, at, _mm512_add_ps(base, in_order<T>(sums[n], j)), mask);
       }
   }
 }

@@ -83,7 +83,7 @@ void linear(const Linear& layer, const Batch* batch, const T* x, int64_t x_strid
   Cutter cutter;
   const size_t at_codes = cutter.cut(tiling.tiles * groups * kTile * 4), at_scales = cutter.cut(rows * 4);
   const size_t at_wide = cutter.cut(threads * stride * 4), at_narrow = cutter.cut(threads * kGroup * stride * sizeof(T));
-  const size_t at_flags = cutter.cut(rows), at_sums = cutter.cut(adapters.batch ? rows * layer.d_out * 4 : 0);
+  const size_t at_flags = cutter.cut(rows);
   const size_t at_hidden = cutter.cut(adapters.num_pairs * adapters.width * sizeof(Hidden<T>));
   const size_t at_shares = cutter.cut(2 * Shares::bytes(threads)), run_bytes = adapters.num_pairs * sizeof(Stream::Run);
   const size_t at_runs = cutter.cut(threads * run_bytes);
@@ -92,8 +92,6 @@ void linear(const Linear& layer, const Batch* batch, const T* x, int64_t x_strid
   float* scales = reinterpret_cast<float*>(base + at_scales);
   Part<T> part{&layer, out, out_stride};
   if (adapters.batch) {
-    part.sums = reinterpret_cast<float*>(base + at_sums);
-    part.sums_stride = layer.d_out;
     part.flags = reinterpret_cast<uint8_t*>(base + at_flags);
     adapters.hidden = reinterpret_cast<Hidden<T>*>(base + at_hidden);
   }
@@ -161,7 +159,6 @@ void run_layer(const Layer& layer, const Paged& paged, const Batch* batch, const
   const int64_t rows = paged.num_rows, d = layer.q->d_in, inner = layer.down->d_in;
   const int64_t q_width = layer.q->d_out, width = q_width + layer.k->d_out + layer.v->d_out;
   const int64_t most_in = std::max({d, inner, q_width}), stride = wide_size(most_in), groups = (most_in + 3) / 4;
-  const int64_t most_out = std::max({width, 2 * inner, d});
   const Tiling tiling(rows);
   Adapters<T> adapters{batch};
   if (batch) {
@@ -171,7 +168,7 @@ void run_layer(const Layer& layer, const Paged& paged, const Batch* batch, const
   Cutter cutter;
   const size_t at_codes = cutter.cut(tiling.tiles * groups * kTile * 4), at_scales = cutter.cut(rows * 4);
   const size_t at_wide = cutter.cut(threads * stride * 4), at_narrow = cutter.cut(threads * kGroup * stride * sizeof(T));
-  const size_t at_flags = cutter.cut(rows * 7), at_sums = cutter.cut(batch ? rows * most_out * 4 : 0);
+  const size_t at_flags = cutter.cut(rows * 7), at_sums = cutter.cut(batch ? rows * d * 4 : 0);
   const size_t at_qkv = cutter.cut(rows * width * sizeof(T)), at_mixed = cutter.cut(rows * q_width * sizeof(T));
   const size_t at_inner = cutter.cut(rows * 2 * inner * sizeof(T)), at_tiles = cutter.cut((rows + 1) * 16);
   const size_t at_hidden = cutter.cut(3 * adapters.num_pairs * adapters.width * sizeof(Hidden<T>));
@@ -191,17 +188,12 @@ void run_layer(const Layer& layer, const Paged& paged, const Batch* batch, const
   const auto wire = [&](Part<T>* parts, int count) {
     Adapters<T> reaching = adapters;
     reaching.batch = nullptr;
-    int64_t column = 0, sum = 0;
-    for (int p = 0; p < count; ++p) {
+    for (int p = 0; p < count; ++p)
       if (batch && parts[p].layer->num_sites > 0) reaching.batch = batch;
-      sum += parts[p].layer->d_out;
-    }
     for (int p = 0; reaching.batch && p < count; ++p) {
-      parts[p].sums = sums + column;
-      parts[p].sums_stride = sum;
+      if (parts[p].residual) parts[p].sums = sums, parts[p].sums_stride = d;
       parts[p].flags = flags;
       flags += rows;
-      column += parts[p].layer->d_out;
     }
     return reaching;
   };

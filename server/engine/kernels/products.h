@@ -83,9 +83,9 @@ struct Part {
   int64_t out_stride;
   const T* residual = nullptr;  // added to what the layer hands on, or null
   int64_t residual_stride = 0;
-  float* sums = nullptr;  // [rows, sums_stride]: where rows whose flag is set wait for their adapters' part
+  uint8_t* flags = nullptr;  // of rows whose adapters' part is still to come
+  float* sums = nullptr;     // [rows, sums_stride]: where those wait when there is a residual; others wait in `out`
   int64_t sums_stride = 0;
-  uint8_t* flags = nullptr;
 
   // Hand on 16 outputs of a row.
   inline void put(int64_t row, int64_t n, __m512 v, __mmask16 mask) const {
@@ -139,7 +139,7 @@ void tile(const uint32_t* x, const int8_t* w, int64_t groups, const Part<T>& to,
       const __mmask16 mask = tail_mask(left - half * 16);
       __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(c[m][half]), _mm512_mul_ps(row_scale, _mm512_loadu_ps(layer.scales + n)));
       if (layer.bias) v = _mm512_add_ps(v, _mm512_loadu_ps(layer.bias + n));
-      if (to.flags && to.flags[row + m]) store16(to.sums + (row + m) * to.sums_stride + n, v, mask);
+      if (to.sums && to.flags[row + m]) store16(to.sums + (row + m) * to.sums_stride + n, v, mask);
       else to.put(row + m, n, v, mask);
     }
   }
