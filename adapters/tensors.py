@@ -147,14 +147,32 @@ class TensorFile:
         return memoryview(piece)
 
 
-def open_tensors(path: Path, *, where: str | None = None) -> TensorFile:
-    """Map a file and check its header; raises CheckFailed (E_ST_HEADER, E_ST_NAMES, E_EMPTY)."""
+@dataclass(frozen=True, slots=True)
+class MappedFile:
+    """A file whose header was not looked at yet; those of equal header and size pass or fail `check` alike."""
+
+    source: mmap.mmap
+    header: bytes
+    where: str
+
+    def check(self) -> TensorFile:
+        """Check the header; raises CheckFailed (E_ST_HEADER, E_ST_NAMES, E_EMPTY)."""
+        return _check(self.source, self.header, len(self.source), where=self.where)
+
+
+def map_tensors(path: Path, *, where: str | None = None) -> MappedFile:
+    """Map a file; raises CheckFailed (E_ST_HEADER) where it holds no header of a size that is taken."""
     shown = where or str(path)
     with path.open("rb") as stream:
         if stream.seek(0, 2) < 8:
             _refuse(shown, "shorter than the 8 bytes of a header's length")
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    return _read(mapped, len(mapped), where=shown)
+    return MappedFile(mapped, _header(mapped, len(mapped), where=shown), shown)
+
+
+def open_tensors(path: Path, *, where: str | None = None) -> TensorFile:
+    """Map a file and check its header; raises CheckFailed (E_ST_HEADER, E_ST_NAMES, E_EMPTY)."""
+    return map_tensors(path, where=where).check()
 
 
 def read_header(stream: BinaryIO, *, where: str) -> TensorFile:
@@ -162,23 +180,27 @@ def read_header(stream: BinaryIO, *, where: str) -> TensorFile:
     size_bytes = stream.seek(0, 2)
     if size_bytes < 8:
         _refuse(where, "shorter than the 8 bytes of a header's length")
-    return _read(stream, size_bytes, where=where)
+    return _check(stream, _header(stream, size_bytes, where=where), size_bytes, where=where)
 
 
-def _read(source: BinaryIO | mmap.mmap, size_bytes: int, *, where: str) -> TensorFile:
+def _header(source: BinaryIO | mmap.mmap, size_bytes: int, *, where: str) -> bytes:
     source.seek(0)
     num_header_bytes = int.from_bytes(source.read(8), "little")
     if num_header_bytes > MAX_HEADER_BYTES:
         _refuse(where, f"a header of {num_header_bytes:,} bytes is over the limit of {MAX_HEADER_BYTES:,}")
     if 8 + num_header_bytes > size_bytes:
         _refuse(where, f"the header says {num_header_bytes:,} bytes, the file has {size_bytes - 8:,} after it began")
-    document = _parse_header(source.read(num_header_bytes), where=where)
+    return source.read(num_header_bytes)
+
+
+def _check(source: BinaryIO | mmap.mmap, header: bytes, size_bytes: int, *, where: str) -> TensorFile:
+    document = _parse_header(header, where=where)
     metadata = _check_metadata(document.pop("__metadata__", {}), where=where)
     if not document:
         raise CheckFailed(f"{where}: holds no tensors", check="E_EMPTY", hint="the adapter was saved without weights")
     if len(document) > MAX_TENSORS:
         _refuse(where, f"{len(document):,} tensors are over the limit of {MAX_TENSORS:,}")
-    data_start = 8 + num_header_bytes
+    data_start = 8 + len(header)
     entries = [_check_entry(name, value, data_start=data_start, where=where) for name, value in document.items()]
     entries.sort(key=lambda entry: entry.start)
     _check_contiguous(entries, data_start=data_start, size_bytes=size_bytes, where=where)

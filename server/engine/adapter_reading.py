@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from loractl.adapters.digest import CONFIG_FILE, WEIGHTS_FILE
 from loractl.adapters.errors import AdapterInvalid, Incompatible, Unsupported
 from loractl.adapters.layout import LoraLayout, LoraModule, lay_out
 from loractl.adapters.packed_layers import is_packed, row_shares
-from loractl.adapters.tensors import TensorFile, open_tensors
+from loractl.adapters.tensors import MappedFile, TensorFile, map_tensors
+from loractl.server.engine.adapter_packing import MatrixPair, PackPlan, PackPlans
 from loractl.server.engine.kernels.linear import PackedLinear
 from loractl.server.engine.kernels.lora import LoraSite
 from loractl.server.engine.side_lora import SidePart
@@ -73,6 +75,16 @@ class _Piece:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """An adapter that can be served, as far as its config and its header tell."""
+
+    spec: LoraSpec
+    file: TensorFile
+    layout: LoraLayout
+    pieces: tuple[_Piece, ...]
+
+
 class AdapterReader:
     """Reads adapters for slots of `max_rank`; with `truncate_rank` higher ranks are cut instead of refused, with `pin`
     into memory that a card copies from by itself."""
@@ -89,6 +101,9 @@ class AdapterReader:
             LoraSite.numel(d_in=x.in_features, d_out=x.out_features, rank_max=max_rank, with_gain=True)
             for x in layers.linear.values()
         )
+        places = self.carve(torch.empty(1, self.num_numbers, dtype=dtype, device="meta"))
+        self._places = {name: (int(x.a.storage_offset()), int(x.b.storage_offset())) for name, x in places.items()}
+        self._plans = PackPlans()
 
     def carve(self, slab: Tensor) -> dict[str, LoraSite]:
         """View each linear layer's part of `slab` [slots, numbers]."""
@@ -101,16 +116,59 @@ class AdapterReader:
 
     def check(self, folder: Path) -> None:
         """Raise Incompatible, Unsupported or AdapterInvalid unless a slot can hold the adapter in `folder`."""
-        spec = _read_spec(folder)
-        layout = lay_out(open_tensors(folder / WEIGHTS_FILE).entries.values())
-        for _ in self._pieces(layout, spec):
-            pass
+        self._open(folder)
 
     def read(self, folder: Path) -> HostAdapter:
         """Read the whole adapter; raises as `check` does."""
-        spec = _read_spec(folder)
-        file = open_tensors(folder / WEIGHTS_FILE)
+        mapped, plan, judged = self._open(folder)
+        if plan is not None:
+            return self._pack(mapped, plan)
+        assert judged is not None
+        return self._read_parts(judged)
+
+    def _open(self, folder: Path) -> "tuple[MappedFile, PackPlan | None, _Judged | None]":
+        """Judge an adapter, unless one of the same config and header was found good; one of both ways to read it."""
+        config = (folder / CONFIG_FILE).read_bytes()
+        mapped = map_tensors(folder / WEIGHTS_FILE)
+        plan = self._plans.find(config, mapped)
+        if plan is not None:
+            return mapped, plan, None
+        spec = _read_spec(config, where=str(folder / CONFIG_FILE))
+        file = mapped.check()
         layout = lay_out(file.entries.values())
+        judged = _Judged(spec, file, layout, tuple(self._pieces(layout, spec)))
+        plan = self._plan(judged)
+        if plan is not None:
+            self._plans.keep(config, mapped, plan)
+        return mapped, plan, judged
+
+    def _plan(self, judged: "_Judged") -> PackPlan | None:
+        """How to read it by one call; None where something is to be computed first, or lies outside the slots' slab."""
+        layout = judged.layout
+        if layout.whole or layout.base_weights or self._dtype not in {torch.float32, torch.bfloat16}:
+            return None
+        pairs: dict[str, MatrixPair] = {}
+        for piece in judged.pieces:
+            a, b, places = piece.module.a, piece.module.b, self._places.get(piece.layer)
+            if piece.module.magnitude is not None or places is None or a is None or b is None:
+                return None
+            if a.shape[0] > self._max_rank:
+                return None
+            scaling = judged.spec.scaling_of(piece.module.name)
+            pairs[piece.layer] = MatrixPair(a, b, piece.start, piece.stop, scaling, *places)
+        return PackPlan.build(pairs)
+
+    def _pack(self, mapped: MappedFile, plan: PackPlan) -> HostAdapter:
+        # On small pages: to find large ones for memory this short-lived took longer than the whole rest of a load.
+        make = torch.zeros if self._pin else torch.empty
+        row = make(self.num_numbers, dtype=self._dtype, pin_memory=self._pin)
+        if not plan.pack(mapped, row):
+            self._refuse_numbers()
+        return HostAdapter(row, plan.ranks)
+
+    def _read_parts(self, judged: "_Judged") -> HostAdapter:
+        """Read tensor by tensor, whatever it holds."""
+        spec, file, layout = judged.spec, judged.file, judged.layout
         self._check_copies(file, layout)
         row = torch.zeros(1, self.num_numbers, dtype=self._dtype, pin_memory=self._pin)
         sites = self.carve(row)
@@ -118,7 +176,7 @@ class AdapterReader:
         gains: set[str] = set()
         sides: dict[str, SidePart] = {}
         energy, energy_all = 0.0, 0.0
-        for piece in self._pieces(layout, spec):
+        for piece in judged.pieces:
             part = self._part(piece, file, spec)
             if piece.layer not in sites:
                 gain = None if part.gain is None else part.gain.to(self._dtype)
@@ -154,11 +212,14 @@ class AdapterReader:
         """Refuse NaN and infinity before a request produces them; a sum sees both, in one pass and no memory."""
         numbers = [row, *(part for side in sides.values() for part in (side.a, side.b))]
         if not all(torch.isfinite(part.sum(dtype=torch.float32)) for part in numbers):
-            dtype = str(self._dtype).removeprefix("torch.")
-            raise AdapterInvalid(
-                f"the adapter holds NaN or infinity, or numbers too large for {dtype}",
-                hint="`loractl check` names the tensor; train it again with a lower rate",
-            )
+            self._refuse_numbers()
+
+    def _refuse_numbers(self) -> NoReturn:
+        dtype = str(self._dtype).removeprefix("torch.")
+        raise AdapterInvalid(
+            f"the adapter holds NaN or infinity, or numbers too large for {dtype}",
+            hint="`loractl check` names the tensor; train it again with a lower rate",
+        )
 
     def _part(self, piece: _Piece, file: TensorFile, spec: LoraSpec) -> SidePart:
         assert piece.module.a is not None
@@ -253,8 +314,8 @@ class AdapterReader:
         return None if layer is None else (layer.in_features, layer.out_features)
 
 
-def _read_spec(folder: Path) -> LoraSpec:
-    spec = read_config((folder / CONFIG_FILE).read_bytes(), where=str(folder / CONFIG_FILE))
+def _read_spec(config: bytes, *, where: str) -> LoraSpec:
+    spec = read_config(config, where=where)
     unsupported = {
         "use_qalora": spec.use_qalora,
         "use_bdlora": bool(spec.use_bdlora),

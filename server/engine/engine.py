@@ -44,6 +44,9 @@ from loractl.server.engine.stats import EngineStats, StepRecord, StepResult
 
 log = logging.getLogger("loractl.server.engine")
 
+_LOAD_GRACE = 0.2
+"""Share of a step that the next one waits for an adapter being read: who misses it by little waits a whole step."""
+
 _MAX_BROKEN_STEPS = 3
 """Steps in a row of which nothing could be computed: then the engine is asked whether it is sound."""
 
@@ -101,6 +104,7 @@ class Engine:
         self._quarantine = Quarantine()
         self._totals = Totals()
         self._step_started_at: float | None = None
+        self._last_step_s = 0.0
         self._stats = self._snapshot()
 
     @property
@@ -147,15 +151,18 @@ class Engine:
             )
 
     def step(self) -> StepResult:
-        """Run one forward pass over what is due, and return what came of it. Never waits for a load.
+        """Run one forward pass over what is due, and return what came of it.
 
-        Where passes run ahead, what came of one may be returned by the next call, which first launches another.
+        Waits for a load no longer than a fifth of a step. Where passes run ahead, what came of one may be returned by
+        the next call, which first launches another.
         """
         start = self._step_started_at = time.monotonic()
         events = self._take_commands()
-        for sequence, error in self._scheduler.admit(start):
-            self._forget(sequence)
-            events.append(Failed(id=sequence.id, error=error))
+        events += self._admit(start)
+        unread, grace_s = self._scheduler.unread, _LOAD_GRACE * self._last_step_s
+        may_wait = bool(self._scheduler.running) and not self._ahead.is_flying
+        if unread and may_wait and self._slots.await_read(unread, grace_s):
+            events += self._admit(start)
         record: StepRecord | None = None
         if self._ahead.is_flying:
             landed, seconds = self._ahead.next()
@@ -165,7 +172,8 @@ class Engine:
         elif chosen := self._scheduler.plan():
             events += self._run(chosen)
             if not self._ahead.is_flying:
-                record = self._totals.book(chosen, seconds=time.monotonic() - start)
+                self._last_step_s = time.monotonic() - start
+                record = self._totals.book(chosen, seconds=self._last_step_s)
         elif self._scheduler.waiting and not events:
             time.sleep(0.001)  # only loads are awaited; their threads need the processor
         self._finish_step()
@@ -228,6 +236,14 @@ class Engine:
         self._ahead.drop()
         self._slots.close()
         self._runner.close()
+
+    def _admit(self, now: float) -> list[Event]:
+        """Start what can start, and end what never can."""
+        events: list[Event] = []
+        for sequence, error in self._scheduler.admit(now):
+            self._forget(sequence)
+            events.append(Failed(id=sequence.id, error=error))
+        return events
 
     def _take_commands(self) -> list[Event]:
         with self._lock:

@@ -26,6 +26,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.wait_reasons: Counter[str] = Counter()
+        self.unread: set[Digest] = set()
+        """Adapters that are not on the host yet, and that alone keep a sequence from starting."""
         self.num_preemptions = self.num_prefix_queries = self.num_prefix_hits = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -59,6 +61,7 @@ class Scheduler:
         passed: list[Sequence] = []
         is_held_back = False
         self.wait_reasons.clear()
+        self.unread.clear()
         for sequence in sorted(self.waiting, key=self._turn):
             error = self._hopeless(sequence, now)
             if error is not None:
@@ -67,6 +70,8 @@ class Scheduler:
             reason = "turn" if is_held_back else self._why_wait(sequence)
             if reason is not None:
                 self.wait_reasons[reason] += 1
+                if reason == "adapter":
+                    self.unread.update(digest for digest in sequence.digests if not self._slots.is_near(digest))
                 passed.append(sequence)
                 is_held_back = is_held_back or self._holds_back(sequence)
                 continue

@@ -7,7 +7,7 @@ that copy happens on the engine's thread, between steps.
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +96,11 @@ class AdapterSlots:
         is_known = digest in self._slot_of or digest in self._host or digest in self._loading
         if not is_known and self.failures.recent(digest) is None:
             self._loading[digest] = self._loaders.submit(self._read, folder)
+
+    def await_read(self, digests: Iterable[Digest], timeout_s: float) -> bool:
+        """Wait until one of these, which are being read, is there or has failed; False where none was in time."""
+        reads = [self._loading[digest] for digest in digests if digest in self._loading]
+        return bool(wait(reads, timeout_s, FIRST_COMPLETED).done)
 
     def _read(self, folder: Path) -> _Read:
         started = time.monotonic()

@@ -136,11 +136,13 @@ class FusedLayer:
             struct.num_sites = 0
             if lora is None or site is None or not lora.slot_mask & (site.slot_mask | site.gain_mask):
                 continue
-            if not runs_native(site, lora, hidden):
-                return False
             if self._sites[index] is not site:
+                if not runs_native(site, lora, hidden):
+                    return False
                 self._sites[index] = site
                 struct.sites[0] = site_struct(site)
+            elif site.gain_mask & lora.slot_mask:
+                return False
             struct.num_sites = 1
         return True
 

@@ -190,9 +190,11 @@ class LoraSite:
 
     def set_slot(self, slot: int, *, rank: int, has_gain: bool = False) -> None:
         """Say what was loaded into `slot`: rank 0 when its adapter leaves this layer alone."""
+        bit = 1 << slot
+        if self.ranks[slot] == rank and has_gain == bool(self.gain_mask & bit):
+            return  # as the adapter before it: most are of one recipe
         self.ranks[slot] = rank
         self.rank_table[slot] = rank
-        bit = 1 << slot
         self.slot_mask = self.slot_mask | bit if rank else self.slot_mask & ~bit
         self.gain_mask = self.gain_mask | bit if has_gain else self.gain_mask & ~bit
 

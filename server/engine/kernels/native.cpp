@@ -3,6 +3,7 @@
 // Compiled once per machine by native.py, which mirrors the structs. Every result of a row depends on that row alone, in one
 // fixed order of operations: neighbours, tiles and threads change no bit of it.
 #include "layer.h"
+#include "packing.h"
 
 // ---- what native.py calls; `wide` says float32 (1) or bfloat16 (0)
 extern "C" {
@@ -51,6 +52,12 @@ void loractl_scan_rows(const void* x, int64_t rows, int64_t count, void* best, v
     scan_rows<float>(static_cast<const float*>(x), rows, count, static_cast<int64_t*>(best), static_cast<uint8_t*>(finite), threads);
   else
     scan_rows<bf16>(static_cast<const bf16*>(x), rows, count, static_cast<int64_t*>(best), static_cast<uint8_t*>(finite), threads);
+}
+
+void loractl_pack_adapter(const void* file, int64_t size, const MatrixCopy* copies, int64_t count, void* slot, void* finite, int wide) {
+  const char* from = static_cast<const char*>(file);
+  *static_cast<uint8_t*>(finite) = wide ? pack_adapter<float>(from, size, copies, count, static_cast<float*>(slot))
+                                        : pack_adapter<bf16>(from, size, copies, count, static_cast<bf16*>(slot));
 }
 
 void loractl_want_large_pages(void* data, int64_t size) { want_large_pages(data, size); }

@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -89,12 +89,22 @@ class LayerStruct(ctypes.Structure):
     )
 
 
+class MatrixCopyStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("source", "to", "rows", "columns")),
+        ("scale", c_float),
+        ("format", c_int32),
+        ("is_turned", c_int32),
+    )
+
+
 SIGNATURES = {
     "loractl_linear": (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int, c_int, c_int),
     "loractl_rms_norm": (c_void_p, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int64, c_int, c_int),
     "loractl_write_kv": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     "loractl_layer": (*(c_void_p,) * 5, c_int64, c_void_p, c_void_p, c_int, c_int),
     "loractl_scan_rows": (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int),
+    "loractl_pack_adapter": (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int),
     "loractl_want_large_pages": (c_void_p, c_int64),
     "loractl_run_alone": (),
     "loractl_end_team": (),
