@@ -39,7 +39,7 @@ check: lint types ## The fast half: lint, types, unit tests
 	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not e2e and not real_model and not drill"
 
 test: check ## Everything that CI runs
-	$(BIN)/pytest -q -n 2 --dist loadfile -m "slow or e2e or real_model or drill"
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow or e2e or real_model or drill"
 
 help-snapshots: dev ## Rewrite tests/cli/help after a command changed
 	$(BIN)/python tests/cli/test_help.py
