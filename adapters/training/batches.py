@@ -61,18 +61,13 @@ def micro_batches(
     ordered = sorted(batch, key=lambda example: example.longest)
     micro: list[Example] = []
     for example in ordered:
-        is_full = len(micro) >= num_rows and padded_tokens([*micro, example]) > num_tokens
+        is_full = len(micro) >= num_rows and math.prod(pass_shape([*micro, example], packed=False)) > num_tokens
         if is_full or len(micro) == max_rows:
             yield micro
             micro = []
         micro.append(example)
     if micro:
         yield micro
-
-
-def padded_tokens(micro: Sequence[Example]) -> int:
-    """Count the tokens of rows in the order of their lengths, each padded to the longest."""
-    return sum(len(example.sequences) for example in micro) * micro[-1].longest
 
 
 def pass_shape(micro: Sequence[Example], *, packed: bool) -> tuple[int, int]:

@@ -120,29 +120,27 @@ class AdapterReader:
 
     def read(self, folder: Path) -> HostAdapter:
         """Read the whole adapter; raises as `check` does."""
-        mapped, plan, judged = self._open(folder)
-        if plan is not None:
-            return self._pack(mapped, plan)
-        assert judged is not None
-        return self._read_parts(judged)
+        mapped, way = self._open(folder)
+        return self._pack(mapped, way) if isinstance(way, PackPlan) else self._read_parts(way)
 
-    def _open(self, folder: Path) -> "tuple[MappedFile, PackPlan | None, _Judged | None]":
-        """Judge an adapter, unless one of the same config and header was found good; one of both ways to read it."""
+    def _open(self, folder: Path) -> tuple[MappedFile, PackPlan | _Judged]:
+        """Judge an adapter, unless one of the same config and header was found good; returns the way to read it."""
         config = (folder / CONFIG_FILE).read_bytes()
         mapped = map_tensors(folder / WEIGHTS_FILE)
         plan = self._plans.find(config, mapped)
         if plan is not None:
-            return mapped, plan, None
+            return mapped, plan
         spec = _read_spec(config, where=str(folder / CONFIG_FILE))
         file = mapped.check()
         layout = lay_out(file.entries.values())
         judged = _Judged(spec, file, layout, tuple(self._pieces(layout, spec)))
         plan = self._plan(judged)
-        if plan is not None:
-            self._plans.keep(config, mapped, plan)
-        return mapped, plan, judged
+        if plan is None:
+            return mapped, judged
+        self._plans.keep(config, mapped, plan)
+        return mapped, plan
 
-    def _plan(self, judged: "_Judged") -> PackPlan | None:
+    def _plan(self, judged: _Judged) -> PackPlan | None:
         """How to read it by one call; None where something is to be computed first, or lies outside the slots' slab."""
         layout = judged.layout
         if layout.whole or layout.base_weights or self._dtype not in {torch.float32, torch.bfloat16}:
@@ -166,7 +164,7 @@ class AdapterReader:
             self._refuse_numbers()
         return HostAdapter(row, plan.ranks)
 
-    def _read_parts(self, judged: "_Judged") -> HostAdapter:
+    def _read_parts(self, judged: _Judged) -> HostAdapter:
         """Read tensor by tensor, whatever it holds."""
         spec, file, layout = judged.spec, judged.file, judged.layout
         self._check_copies(file, layout)

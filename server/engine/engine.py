@@ -260,13 +260,12 @@ class Engine:
 
     def _run(self, chosen: list[tuple[Sequence, int]]) -> list[Event]:
         """Compute the chosen tokens; an error ends the request that causes it and no other."""
-        slots = self._slots.places()
         parts = [
             Part(
                 tokens=sequence.tokens[sequence.num_computed : sequence.num_computed + num_tokens],
                 length=sequence.num_computed + num_tokens,
                 blocks=sequence.blocks,
-                slots=tuple((slots[digest], weight) for digest, weight in sequence.adapter_key),
+                slots=self._slots.places(sequence.adapter_key),
                 num_logits=_num_logits(sequence, num_tokens),
             )
             for sequence, num_tokens in chosen

@@ -105,13 +105,12 @@ class RunAhead:
         rows = [(sequence, 1) for _, sequence in going_on]
         if not rows or not self._scheduler.make_room_ahead([sequence for sequence, _ in rows]):
             return None
-        slots = self._slots.places()
         parts = [
             Part(
                 tokens=[_UNREAD],
                 length=len(sequence.tokens) + 1,
                 blocks=sequence.blocks,
-                slots=tuple((slots[digest], weight) for digest, weight in sequence.adapter_key),
+                slots=self._slots.places(sequence.adapter_key),
                 num_logits=1,
                 source=row,
             )

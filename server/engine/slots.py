@@ -20,6 +20,7 @@ from loractl.server.engine.kernels import device as devices
 from loractl.server.engine.kernels import native
 from loractl.server.engine.kv_cache import BooksError
 from loractl.server.engine.load_books import LoadFailures, LoadTimes
+from loractl.server.engine.sequence import AdapterKey
 from loractl.server.engine.side_lora import SideSite
 from loractl.server.engine.slab_copies import SlabCopies, make_lane
 from loractl.server.engine.stats import SlotStats
@@ -191,9 +192,9 @@ class AdapterSlots:
         else:
             self.times.forget(digest)
 
-    def places(self) -> Mapping[Digest, int]:
-        """Where each resident adapter is."""
-        return self._slot_of
+    def places(self, key: AdapterKey) -> tuple[tuple[int, float], ...]:
+        """The slots and weights of a sequence's adapters, which are resident."""
+        return tuple((self._slot_of[digest], weight) for digest, weight in key)
 
     def slots(self) -> tuple[SlotStats, ...]:
         """Every filled slot, least recently used first."""

@@ -78,6 +78,6 @@ def test_a_plan_is_kept_for_equal_files_alone(tmp_path: Path) -> None:
     reader = _reader(base, torch.bfloat16)
     first = make_adapter(base, tmp_path / "first", r=4, target_modules=["q_proj"])
     other = make_adapter(base, tmp_path / "other", r=4, lora_alpha=64, target_modules=["q_proj"])
-    plans: list[PackPlan | None] = [reader._open(folder)[1] for folder in (first, first, other)]
+    plans = [reader._open(folder)[1] for folder in (first, first, other)]
     assert plans[0] is plans[1]
     assert plans[2] is not plans[0]

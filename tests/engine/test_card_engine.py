@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine_drive import Drive
+from engine_drive import Drive, adapter_use
 from interpreted import card_path
-from loractl.adapters.digest import folder_digest
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
 from loractl.server.engine.messages import AdapterUse, RequestId, Sampling, Submit
@@ -45,7 +44,7 @@ def uses(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adap
         "dora": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "down_proj"], "seed": 3},
     }
     folders = {name: make_adapter(base, root / name, **settings) for name, settings in kinds.items()}
-    return {name: AdapterUse(digest=folder_digest(folder), folder=folder) for name, folder in folders.items()}
+    return {name: adapter_use(folder) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def test_what_no_graph_holds_runs_unrecorded(base: Path, uses: dict[str, Adapter
 def test_int8_rows_do_not_change_with_their_neighbours(tmp_path: Path) -> None:
     base = make_tiny_base(tmp_path / "base", num_hidden_layers=1)
     folder = make_adapter(base, tmp_path / "wide", r=8, target_modules="all-linear", seed=2, std=0.1)
-    use = AdapterUse(digest=folder_digest(folder), folder=folder)
+    use = adapter_use(folder)
     drive = Drive(Engine(load_base(base, quantization="int8", dtype="bfloat16"), SETTINGS))
     drive.submit([_submit("alone", PROMPTS[3], use)])
     drive.until_ended(timeout_s=600)

@@ -12,13 +12,12 @@ import pytest
 from llguidance import LLParserLimits
 
 from demo_assets import demo_base
-from engine_drive import Drive, Outcome
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, Outcome, adapter_use
 from loractl.adapters.errors import BadRequest, WillNotFit
 from loractl.server.engine import constraint
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
-from loractl.server.engine.messages import AdapterUse, Constraint, RequestId, Sampling, Submit
+from loractl.server.engine.messages import Constraint, RequestId, Sampling, Submit
 from loractl.server.engine.settings import EngineSettings
 from tiny_models import make_adapter, make_tiny_base
 
@@ -179,7 +178,7 @@ def test_real_model_fills_a_schema_with_and_without_adapter(tmp_path: Path) -> N
     adapter = make_adapter(folder, tmp_path / "a", seed=1, std=0.02)
     drive = Drive(Engine(load_base(folder, quantization="int8"), EngineSettings(num_slots=2, kv_bytes=1 << 28)))
     prompt = drive.engine.base.tokenizer.encode("Alice is a 31 year old admin of the system. As JSON: ")
-    use = AdapterUse(digest=folder_digest(adapter), folder=adapter)
+    use = adapter_use(adapter)
     drive.submit(
         Submit(
             id=RequestId(f"r{place}"),

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine_drive import Drive
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, adapter_use
 from loractl.adapters.errors import EngineFailure
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.containment import run_contained
@@ -34,7 +33,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapters(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[AdapterUse]:
     root = tmp_path_factory.mktemp("adapters")
     folders = [make_adapter(base_folder, root / f"a{seed}", seed=seed) for seed in range(3)]
-    return [AdapterUse(digest=folder_digest(folder), folder=folder) for folder in folders]
+    return [adapter_use(folder) for folder in folders]
 
 
 @pytest.fixture

@@ -9,11 +9,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from engine_drive import Drive
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, adapter_use
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
-from loractl.server.engine.messages import AdapterUse, RequestId, Sampling, Submit
+from loractl.server.engine.messages import RequestId, Sampling, Submit
 from loractl.server.engine.settings import EngineSettings
 from peft_oracle import alone
 from tiny_models import make_adapter, make_tiny_base
@@ -46,7 +45,7 @@ def _expected(base: Path, adapter: Path | None) -> torch.Tensor:
 
 def test_embedding_equals_pefts_last_hidden_state_beside_others(base: Path, drive: Drive, tmp_path: Path) -> None:
     folder = make_adapter(base, tmp_path / "adapter")
-    use = AdapterUse(digest=folder_digest(folder), folder=folder)
+    use = adapter_use(folder)
     words = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
     drive.submit(
         [

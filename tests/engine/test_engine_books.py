@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from loractl.adapters.digest import folder_digest
+from engine_drive import adapter_use
 from loractl.adapters.errors import LoractlError
 from loractl.adapters.reference import Digest
 from loractl.server.engine.base_model import BaseModel, load_base
@@ -54,7 +54,7 @@ def uses(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[Adap
     root = tmp_path_factory.mktemp("adapters")
     folder = make_tiny_base(root / "base", num_hidden_layers=1)
     folders = [make_adapter(folder, root / f"a{seed}", seed=seed) for seed in range(5)]
-    there = [AdapterUse(digest=folder_digest(each), folder=each) for each in folders]
+    there = [adapter_use(each) for each in folders]
     return [*there, AdapterUse(digest=Digest("sha256:" + "0" * 64), folder=root / "gone")]
 
 

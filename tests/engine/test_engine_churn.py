@@ -12,8 +12,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine_drive import Drive
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, adapter_use
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
 from loractl.server.engine.messages import AdapterUse, RequestId, Sampling, Submit
@@ -50,7 +49,7 @@ class Contents:
         state = {name: torch.empty_like(tensor).normal_(std=0.2, generator=generator) for name, tensor in state.items()}
         save_file(state, folder / "adapter_model.safetensors")
         set_peft_model_state_dict(self._peft, state)
-        return AdapterUse(digest=folder_digest(folder), folder=folder), [self._greedy(prompt) for prompt in PROMPTS]
+        return adapter_use(folder), [self._greedy(prompt) for prompt in PROMPTS]
 
     @torch.inference_mode()
     def _greedy(self, prompt: tuple[int, ...]) -> list[int]:

@@ -7,8 +7,7 @@ import pytest
 import torch
 import transformers
 
-from engine_drive import Drive
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, adapter_use
 from loractl.adapters.errors import Unsupported
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
@@ -45,7 +44,7 @@ def test_family_answers_as_peft_alone_in_a_mixed_batch(tmp_path: Path, family: s
     some = make_adapter(
         folder, tmp_path / "some", target_modules=SOME_TARGETS.get(family, ["q_proj", "o_proj"]), seed=2, r=3, **extra
     )
-    uses: list[AdapterUse | None] = [None, *(AdapterUse(digest=folder_digest(f), folder=f) for f in (every, some))]
+    uses: list[AdapterUse | None] = [None, *(adapter_use(f) for f in (every, some))]
     drive = Drive(Engine(load_base(folder, quantization="none", dtype="float32"), SETTINGS))
     cases = [(f"{i}-{j}", use, prompt) for i, use in enumerate(uses) for j, prompt in enumerate(PROMPTS)]
     drive.submit(

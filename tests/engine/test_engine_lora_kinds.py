@@ -11,8 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine_drive import Drive
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, adapter_use
 from loractl.adapters.errors import Incompatible, LoractlError
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
@@ -74,7 +73,7 @@ def _drive(base: Path, settings: EngineSettings = SETTINGS) -> Drive:
 
 
 def _use(folder: Path, weight: float = 1.0) -> AdapterUse:
-    return AdapterUse(digest=folder_digest(folder), folder=folder, weight=weight)
+    return adapter_use(folder, weight=weight)
 
 
 def _submit(name: str, prompt: tuple[int, ...], *uses: AdapterUse) -> Submit:

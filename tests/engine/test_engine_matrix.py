@@ -16,8 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from engine_drive import Drive
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, adapter_use
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
 from loractl.server.engine.messages import AdapterUse, RequestId, Sampling, Submit
@@ -94,7 +93,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         make_adapter(base, root / f"{name}{rank}", seed=seed, **{"r": rank, "lora_alpha": 2 * rank, **TARGETS[name]})
         for seed, (rank, name) in enumerate(kinds)
     ]
-    uses: list[tuple[AdapterUse, ...]] = [(), *((AdapterUse(digest=folder_digest(f), folder=f),) for f in folders)]
+    uses: list[tuple[AdapterUse, ...]] = [(), *((adapter_use(f),) for f in folders)]
     oracle = Oracle(base, [None, *folders])
     answers = {tuple(answer[0][0]) for answer in oracle.answers}
     assert len(answers) > len(folders) // 2  # the adapters say different things

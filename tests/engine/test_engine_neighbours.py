@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from engine_drive import Drive
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, adapter_use
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
 from loractl.server.engine.messages import AdapterUse, RequestId, Sampling, Submit
@@ -28,7 +27,7 @@ def test_logprobs_among_strangers_are_those_of_the_request_alone(
     folders = [make_adapter(folder, tmp_path / f"a{seed}", seed=seed, r=seed + 1) for seed in range(4)]
     uses: list[tuple[AdapterUse, ...]] = [
         (),
-        *((AdapterUse(digest=folder_digest(each), folder=each),) for each in folders),
+        *((adapter_use(each),) for each in folders),
     ]
     settings = EngineSettings(
         num_slots=4, max_rank=4, max_running=80, max_batch_tokens=160, kv_bytes=1 << 22, prefix_cache=False
@@ -76,7 +75,7 @@ def test_rows_of_the_base_are_the_same_to_the_bit_when_neighbours_have_adapters(
         {"target_modules": ["v_proj", "down_proj"], "use_dora": True},
     ]
     folders = [make_adapter(folder, tmp_path / f"a{seed}", seed=seed, **kind) for seed, kind in enumerate(kinds)]
-    uses = [AdapterUse(digest=folder_digest(each), folder=each) for each in folders]
+    uses = [adapter_use(each) for each in folders]
     settings = EngineSettings(num_slots=3, max_rank=8, max_running=16, kv_bytes=1 << 22, prefix_cache=False)
     drive = Drive(Engine(load_base(folder, quantization=quantization, dtype=dtype), settings))
 

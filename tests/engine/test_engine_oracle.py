@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from loractl.adapters.digest import folder_digest
+from engine_drive import adapter_use
 from loractl.adapters.errors import BadRequest, Incompatible, Overloaded
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
@@ -48,7 +48,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uses(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, AdapterUse]:
     root = tmp_path_factory.mktemp("adapters")
     folders = {name: make_adapter(base, root / name, **settings) for name, settings in ADAPTERS.items()}
-    return {name: AdapterUse(digest=folder_digest(folder), folder=folder) for name, folder in folders.items()}
+    return {name: adapter_use(folder) for name, folder in folders.items()}
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from demo_assets import demo_base
-from engine_drive import Drive
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, adapter_use
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
 from loractl.server.engine.messages import AdapterUse, RequestId, Sampling, Submit
@@ -24,7 +23,7 @@ def test_engine_answers_alike_alone_and_mixed_when_the_base_is_int8(tmp_path: Pa
     greedy = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
     uses: list[tuple[AdapterUse, ...]] = [
         (),
-        *((AdapterUse(digest=folder_digest(each), folder=each),) for each in adapters),
+        *((adapter_use(each),) for each in adapters),
     ]
     drive = Drive(engine)
     for i, use in enumerate(uses):  # alone first, so that both adapters are resident when they are to meet in a step

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine_drive import Drive
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, adapter_use
 from loractl.adapters.errors import BadRequest, EngineFailure, LoractlError, Overloaded, Unsupported
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
@@ -30,7 +29,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapters(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[AdapterUse]:
     root = tmp_path_factory.mktemp("adapters")
     folders = [make_adapter(base_folder, root / f"a{seed}", seed=seed) for seed in range(5)]
-    return [AdapterUse(digest=folder_digest(folder), folder=folder) for folder in folders]
+    return [adapter_use(folder) for folder in folders]
 
 
 @pytest.fixture
@@ -151,7 +150,7 @@ def test_resolve_adapter_names_the_feature_when_it_is_not_served(
     folder = make_adapter(base_folder, tmp_path / "odd", **settings)
     with pytest.raises(Unsupported, match=named):
         drive.engine.resolve_adapter(folder)
-    outcome = _run(drive, _submit("odd", AdapterUse(digest=folder_digest(folder), folder=folder)))
+    outcome = _run(drive, _submit("odd", adapter_use(folder)))
     assert isinstance(outcome.failed.error, Unsupported)
 
 

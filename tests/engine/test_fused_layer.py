@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine_drive import Drive
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, adapter_use
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
 from loractl.server.engine.kernels import native
@@ -58,7 +57,7 @@ def test_compiled_layer_gives_what_the_models_own_code_gives(tmp_path: Path, fam
     folder = make_family_base(tmp_path / family, family)
     every = make_adapter(folder, tmp_path / "every", target_modules="all-linear", std=0.1, r=8, lora_alpha=4, seed=1)
     some = make_adapter(folder, tmp_path / "some", target_modules=["q_proj", "o_proj"], seed=2, r=3)
-    one, two = (AdapterUse(digest=folder_digest(each), folder=each) for each in (every, some))
+    one, two = (adapter_use(each) for each in (every, some))
     uses: list[tuple[AdapterUse, ...]] = [(), (one,), (two,), (one, two)]
     engine = Engine(load_base(folder, quantization="int8", dtype=dtype), SETTINGS)
     layers: Any = engine.base.model.base_model.layers

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_drive import Drive
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, adapter_use
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
 from loractl.server.engine.messages import AdapterUse, RequestId, Sampling, Submit
@@ -40,7 +39,7 @@ def _submit(name: str, use: AdapterUse, num: int | None, *, prompt: tuple[int, .
 
 def test_prompt_logprobs_equal_peft_when_chunked_preempted_and_cached(base: Path, drive: Drive, tmp_path: Path) -> None:
     folder = make_adapter(base, tmp_path / "adapter")
-    use = AdapterUse(digest=folder_digest(folder), folder=folder)
+    use = adapter_use(folder)
     drive.submit([_submit("warm", use, None)])
     drive.until_ended()
     names = ["one", "two", "three"]
@@ -65,7 +64,7 @@ def test_prompt_logprobs_are_empty_when_the_prompt_is_one_token_and_none_when_un
     base: Path, drive: Drive, tmp_path: Path
 ) -> None:
     folder = make_adapter(base, tmp_path / "adapter")
-    use = AdapterUse(digest=folder_digest(folder), folder=folder)
+    use = adapter_use(folder)
     drive.submit([_submit("short", use, 0, prompt=(7,)), _submit("unasked", use, None)])
     drive.until_ended()
     assert drive.outcomes[RequestId("short")].finished.prompt_logprobs == ()

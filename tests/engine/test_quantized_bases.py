@@ -11,11 +11,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from demo_assets import demo_base
-from engine_drive import Drive
-from loractl.adapters.digest import folder_digest
+from engine_drive import Drive, adapter_use
 from loractl.server.engine.base_model import load_base
 from loractl.server.engine.engine import Engine
-from loractl.server.engine.messages import AdapterUse, RequestId, Sampling, Submit
+from loractl.server.engine.messages import RequestId, Sampling, Submit
 from loractl.server.engine.settings import EngineSettings
 from tiny_models import make_adapter, make_tiny_base
 
@@ -73,7 +72,7 @@ def _compare(
 ) -> Difference:
     """Run the bare base and every adapter over one prompt in one batch."""
     drive = Drive(Engine(load_base(base, quantization=quantization, dtype=dtype), SETTINGS))
-    uses = [(), *((AdapterUse(digest=folder_digest(folder), folder=folder),) for folder in folders)]
+    uses = [(), *((adapter_use(folder),) for folder in folders)]
     sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True, num_prompt_logprobs=1)
     drive.submit(
         Submit(id=RequestId(f"{i}"), prompt=prompt, adapters=use, sampling=sampling) for i, use in enumerate(uses)

@@ -3,10 +3,17 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from loractl.adapters.digest import folder_digest
 from loractl.server.engine.engine import Engine
-from loractl.server.engine.messages import Event, Failed, Finished, RequestId, Submit, Token
+from loractl.server.engine.messages import AdapterUse, Event, Failed, Finished, RequestId, Submit, Token
 from loractl.server.engine.stats import StepRecord
+
+
+def adapter_use(folder: Path, *, weight: float = 1.0) -> AdapterUse:
+    """Name the adapter in a folder as a request does."""
+    return AdapterUse(digest=folder_digest(folder), folder=folder, weight=weight)
 
 
 @dataclass(slots=True)
